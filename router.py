@@ -1,0 +1,463 @@
+"""Outside the federation: one routed network made of many, tuned at test time without labels (M4 to M8).
+
+Imports torch only and knows nothing of the other files: copy it into a project that has M trained
+networks of one architecture (the personalised ones and, last, the global one) and unlabelled images.
+
+    routed = build_routed(models, RoutingSettings())
+    probabilities = adapt(routed, images, generator=torch.Generator().manual_seed(0))
+
+The numbers M4 … M8 are those of README.md.
+"""
+
+import copy
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass
+class RoutingSettings:
+    """How the routed network is built and adapted. The defaults are ours; AUTHORS is the published code."""
+
+    activation: str = "softmax"  # of the router: "softmax" (sums to one) or "sigmoid" (does not)
+    start: str = "matched"  # "random", "uniform" average of the experts, or "matched" to the images' statistics
+    mix_batchnorm: bool = True  # BatchNorm mixed like the kernels; False: the last (global) expert's
+    batch_share: float = 0.25  # BatchNorm's statistics: 0 running, 1 of the batch, between: interpolated
+    entropy: float = 0.0  # λ_ent, weight of M8
+    consistency: float = 1.0  # λ_con, weight of M6
+    shape: float = 0.1  # λ_shape, weight of M7
+    noise: float = 0.5  # standard deviation of ε in M6
+    radius: float = 10 / 384  # d of M7 as a share of the image's shorter side
+    lr: float = 2e-4  # of Adam
+    passes: int = 3  # over the images, offline
+    batch_size: int = 5
+    dropout: float = 0.2  # inside the routers, while adapting
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("activation", ("softmax", "sigmoid")), ("start", ("random", "uniform", "matched"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"RoutingSettings: {name} must be one of {', '.join(allowed)}, "
+                                 f"not {getattr(self, name)!r}")
+        if not 0 <= self.batch_share <= 1:
+            raise ValueError(f"RoutingSettings: batch_share must lie in [0, 1], not {self.batch_share}")
+
+
+# The published code's choices in the terms above. Its entropy is summed over a batch of 5 and weighted by 10,
+# which is 25 times M8's mean; its shape term, the 2-norm of 10⁻⁶ · M7, has about the gradient of 0.004 times
+# M7's mean at 384 × 384.
+AUTHORS = RoutingSettings(activation="sigmoid", start="random", mix_batchnorm=False, batch_share=1.0,
+                          entropy=25.0, consistency=0.1, shape=0.004, lr=1e-3, passes=10)
+
+
+# ---------------------------------------------------------------- the routed network (M4, M5)
+@dataclass
+class Trace:
+    """What one forward pass leaves for later layers and for reports: routing weights (N, M)."""
+
+    latest: Tensor | None = None
+    layers: dict[str, Tensor] = field(default_factory=dict)
+
+
+class Router(nn.Module):
+    """r(x) = act(FC2(Dropout(FC1(GlobalAvgPool(x))))): one weight an expert, per sample (M4).
+
+    `fixed`, a tensor (M,), replaces what the router would say. Dropout is on only while `generator` is set.
+    Source: published code; softmax and the starts other than random: ours.
+    """
+
+    def __init__(self, in_channels: int, experts: int, settings: RoutingSettings,
+                 generator: torch.Generator | None):
+        super().__init__()
+        self.fc1 = nn.Linear(in_channels, 2 * in_channels)
+        self.fc2 = nn.Linear(2 * in_channels, experts)
+        for layer in (self.fc1, self.fc2):  # torch's own distribution, drawn from our generator
+            bound = layer.in_features**-0.5
+            nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+            nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+        self.activation, self.dropout = settings.activation, settings.dropout
+        self.fixed: Tensor | None = None
+        self.generator: torch.Generator | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Features (N, C, H, W) → routing weights (N, M)."""
+        if self.fixed is not None:
+            return self.fixed.expand(len(x), -1)
+        hidden = self.fc1(x.mean(dim=(2, 3)))  # (N, 2C)
+        if self.generator is not None:
+            kept = torch.rand(hidden.shape, generator=self.generator, device=hidden.device) >= self.dropout
+            hidden = hidden * kept / (1 - self.dropout)
+        scores = self.fc2(hidden)  # (N, M)
+        return scores.softmax(dim=1) if self.activation == "softmax" else scores.sigmoid()
+
+    @torch.no_grad()
+    def start_at(self, weights: Tensor) -> None:
+        """Give every input the routing weights (M,), which sum to one, until training moves on."""
+        weights = weights.clamp(1e-4, 1 - 1e-4)
+        self.fc2.weight.zero_()
+        self.fc2.bias.copy_(weights.log() if self.activation == "softmax" else weights.logit())
+
+
+class RoutedConv2d(nn.Module):
+    """y = conv(x; Σ_m r_m(x) W_m, Σ_m r_m(x) b_m) of M frozen convolutions, transposed or not (M5)."""
+
+    def __init__(self, experts: list, name: str, trace: Trace, settings: RoutingSettings,
+                 generator: torch.Generator | None):
+        super().__init__()
+        conv = experts[-1]
+        # (M, C_out, C_in / groups, kh, kw); transposed: (M, C_in, C_out / groups, kh, kw)
+        self.register_buffer("weight", torch.stack([e.weight.detach() for e in experts]))
+        self.register_buffer("bias", None if conv.bias is None else torch.stack([e.bias.detach() for e in experts]))
+        self.router = Router(conv.in_channels, len(experts), settings, generator).to(conv.weight)
+        self.transposed = isinstance(conv, nn.ConvTranspose2d)
+        self.stride, self.dilation, self.groups, self.padding = conv.stride, conv.dilation, conv.groups, conv.padding
+        self.kernel_size, self.output_padding, self.padding_mode = (
+            conv.kernel_size, conv.output_padding, conv.padding_mode)
+        if self.padding_mode != "zeros":  # torch's conv2d pads with zeros only: other frames are laid on before
+            self.frame, self.padding = conv._reversed_padding_repeated_twice, (0, 0)
+        self.name, self.trace = name, trace
+
+    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
+        """(N, C_in, H, W) → (N, C_out, H', W'); output_size as in torch's ConvTranspose2d."""
+        routing = self.router(x)  # (N, M)
+        self.trace.latest = routing
+        self.trace.layers[self.name] = routing.detach()
+        if self.padding_mode != "zeros":
+            x = F.pad(x, self.frame, mode=self.padding_mode)
+        # All samples' kernels by one matrix product; then the batch becomes groups of one convolution.
+        kernels = (routing @ self.weight.flatten(1)).view(-1, *self.weight.shape[2:])  # (N·C_out, C_in/g, kh, kw)
+        bias = None if self.bias is None else (routing @ self.bias).flatten()  # (N·C_out,)
+        count, groups = len(x), len(x) * self.groups
+        x = x.reshape(1, -1, *x.shape[2:])  # (1, N·C_in, H, W)
+        if self.transposed:
+            y = F.conv_transpose2d(x, kernels, bias, self.stride, self.padding,
+                                   self._output_padding(x, output_size), groups, self.dilation)
+        else:
+            y = F.conv2d(x, kernels, bias, self.stride, self.padding, self.dilation, groups)
+        return y.view(count, -1, *y.shape[2:])  # (N, C_out, H', W')
+
+    def _output_padding(self, x: Tensor, output_size: list[int] | None) -> tuple[int, ...]:
+        if output_size is None:
+            return self.output_padding
+        smallest = [(size - 1) * self.stride[i] - 2 * self.padding[i] + self.dilation[i] * (self.kernel_size[i] - 1) + 1
+                    for i, size in enumerate(x.shape[2:])]
+        return tuple(wanted - least for wanted, least in zip(output_size[-2:], smallest))
+
+
+class RoutedBatchNorm2d(nn.Module):
+    """BatchNorm of M experts: statistics and affine mixed by the weights of the last routed convolution.
+
+    With `mix` off, those of the last expert. `delta_weight` and `delta_bias` (C,) are what adaptation adds
+    to the affine. Statistics: (1-s) · running + s · batch, s = batch_share; train and eval mode do not matter.
+    Source: published code (last expert, s = 1); mixing and interpolation: ours.
+    """
+
+    def __init__(self, experts: list[nn.BatchNorm2d], trace: Trace, settings: RoutingSettings):
+        super().__init__()
+        norm = experts[-1]
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            values = [getattr(expert, name) for expert in experts]
+            self.register_buffer(name, None if values[-1] is None else torch.stack([v.detach() for v in values]))
+        if norm.affine:
+            self.delta_weight = nn.Parameter(torch.zeros_like(norm.weight))
+            self.delta_bias = nn.Parameter(torch.zeros_like(norm.bias))
+        self.affine, self.eps, self.experts, self.trace = norm.affine, norm.eps, len(experts), trace
+        self.mix = settings.mix_batchnorm
+        self.batch_share = settings.batch_share if norm.track_running_stats else 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → the same shape."""
+        if self.mix and self.trace.latest is not None:
+            routing = self.trace.latest / self.trace.latest.sum(dim=1, keepdim=True)  # (N, M)
+        else:
+            routing = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts).to(x)  # (1, M)
+        mean = variance = 0.0
+        if self.batch_share > 0:
+            mean = self.batch_share * x.mean(dim=(0, 2, 3))  # (C,)
+            variance = self.batch_share * x.var(dim=(0, 2, 3), correction=0)
+        if self.batch_share < 1:
+            mean = mean + (1 - self.batch_share) * (routing @ self.running_mean)  # (N or 1, C)
+            variance = variance + (1 - self.batch_share) * (routing @ self.running_var)
+        scale = (variance + self.eps).rsqrt()
+        shift = -mean * scale
+        if self.affine:
+            gain = routing @ self.weight + self.delta_weight
+            scale, shift = scale * gain, shift * gain + routing @ self.bias + self.delta_bias
+        scale, shift = (v.expand(len(x), -1)[:, :, None, None] for v in (scale, shift))
+        return x * scale + shift
+
+
+class RoutedNetwork(nn.Module):
+    """M frozen networks as one, mixed layer by layer and image by image; made by `build_routed`."""
+
+    def __init__(self, network: nn.Module, trace: Trace, experts: int, settings: RoutingSettings):
+        super().__init__()
+        self.network, self.trace, self.experts, self.settings = network, trace, experts, settings
+        self.register_buffer("matched", torch.tensor(False))
+        if settings.start != "random":
+            self.start_at(torch.full((experts,), 1 / experts))
+        self._start = {name: value.detach().clone() for name, value in self.named_parameters()}
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Images (N, C_in, H, W) → what the networks return, usually logits (N, C, H, W)."""
+        self.trace.latest = None
+        self.trace.layers.clear()
+        y = self.network(x)
+        self.trace.latest = None  # it holds the graph of this pass
+        return y
+
+    def routers(self) -> list[Router]:
+        return [module for module in self.modules() if isinstance(module, Router)]
+
+    def adaptable_parameters(self) -> list[nn.Parameter]:
+        """Everything that adaptation may move: the routers and what is added to BatchNorm's affine."""
+        # Chosen by module type: names differ between networks, and one left out is not noticed.
+        return [parameter for module in self.modules() if isinstance(module, (Router, RoutedBatchNorm2d))
+                for parameter in module.parameters()]
+
+    def start_at(self, weights: Tensor) -> None:
+        """Let every layer route every image by the weights (M,), which sum to one."""
+        for router in self.routers():
+            router.start_at(weights.to(router.fc2.weight))
+
+    @torch.no_grad()
+    def reset(self) -> None:
+        """Back to the network as built, before any adaptation."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self._start[name])
+        self.matched.fill_(False)
+
+
+def build_routed(models: list[nn.Module], settings: RoutingSettings | None = None,
+                 generator: torch.Generator | None = None) -> RoutedNetwork:
+    """Turn M trained networks of one architecture into one routed network; the models stay as they are.
+
+    models: personalised ones first, the global one last; made of Conv2d, ConvTranspose2d and BatchNorm2d
+    among modules without parameters. generator draws the routers' initial weights (CPU).
+    Raises ValueError where the models differ or hold something that cannot be routed, naming it.
+    """
+    settings = settings or RoutingSettings()
+    if not models:
+        raise ValueError("build_routed: at least one model is needed")
+    trace, done = Trace(), {}
+
+    def route(modules: list[nn.Module], name: str) -> nn.Module:
+        last = modules[-1]
+        if id(last) in done:  # a module used in two places stays one module
+            return done[id(last)]
+        for number, module in enumerate(modules):
+            if (type(module), module.extra_repr(), [n for n, _ in module.named_children()]) != (
+                    type(last), last.extra_repr(), [n for n, _ in last.named_children()]):
+                raise ValueError(f"build_routed: '{name}': model {number} has {_describe(module)}, "
+                                 f"model {len(modules) - 1} has {_describe(last)}")
+        # By exact type: a subclass may compute something else.
+        if type(last) in (nn.Conv2d, nn.ConvTranspose2d):
+            done[id(last)] = RoutedConv2d(modules, name, trace, settings, generator)
+        elif type(last) is nn.BatchNorm2d:
+            done[id(last)] = RoutedBatchNorm2d(modules, trace, settings)
+        elif [*last.parameters(recurse=False), *last.buffers(recurse=False)]:
+            raise ValueError(f"build_routed: '{name}': cannot route {_describe(last)}; only Conv2d, ConvTranspose2d "
+                             f"and BatchNorm2d may hold parameters or buffers")
+        else:
+            skeleton = done[id(last)] = copy.copy(last)
+            skeleton._modules = {child: route([m._modules[child] for m in modules], f"{name}.{child}".lstrip("."))
+                                 for child, module in last._modules.items() if module is not None}
+        return done[id(last)]
+
+    return RoutedNetwork(route(models, ""), trace, len(models), settings).eval()
+
+
+def _describe(module: nn.Module) -> str:
+    return f"{type(module).__name__}({module.extra_repr()})"
+
+
+@contextmanager
+def fixed_routing(routed: RoutedNetwork, weights: Tensor):
+    """Within this context every layer mixes the experts by the given weights (M,), whatever the image."""
+    for router in routed.routers():
+        router.fixed = weights.to(router.fc2.weight)
+    try:
+        yield
+    finally:
+        for router in routed.routers():
+            router.fixed = None
+
+
+# ---------------------------------------------------------------- the objective (M6 to M8)
+def draw_views(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A view of each image, as a number (N,): 0 … 7 for square images, else 0 … 3 (no transposition)."""
+    count = 8 if images.shape[-1] == images.shape[-2] else 4
+    return torch.randint(count, (len(images),), generator=generator, device=images.device)
+
+
+def view(images: Tensor, views: Tensor) -> Tensor:
+    """T of M6: by the bits of its number each image (N, C, H, W) is transposed (4), mirrored up-down (2)
+    and left-right (1): together the eight flips and 90° rotations."""
+    bit = views[:, None, None, None]
+    if images.shape[-1] == images.shape[-2]:
+        images = torch.where(bit & 4 > 0, images.transpose(-1, -2), images)
+    images = torch.where(bit & 2 > 0, images.flip(-2), images)
+    return torch.where(bit & 1 > 0, images.flip(-1), images)
+
+
+def undo_view(images: Tensor, views: Tensor) -> Tensor:
+    """T⁻¹ of M6: undoes `view` with the same numbers."""
+    bit = views[:, None, None, None]
+    images = torch.where(bit & 1 > 0, images.flip(-1), images)
+    images = torch.where(bit & 2 > 0, images.flip(-2), images)
+    if images.shape[-1] == images.shape[-2]:
+        images = torch.where(bit & 4 > 0, images.transpose(-1, -2), images)
+    return images
+
+
+def consistency_loss(probabilities: Tensor, of_view: Tensor, views: Tensor) -> Tensor:
+    """mean (p(x) - T⁻¹[p(T(x + ε))])², a scalar in [0, 1] (M6). Both arguments: (N, C, H, W)."""
+    return (probabilities - undo_view(of_view, views)).square().mean()
+
+
+def shape_constraint(probabilities: Tensor, radius: int) -> Tensor:
+    """Mean local range of the foreground probability: the price of contour length (M7).
+
+    probabilities: (N, C, H, W) in [0, 1], class 0 the background.
+    radius: half width d of the (2d+1)² window, in pixels; scale it with the image.
+    Returns a scalar in [0, 1]: 0 for a constant map. Paper: idea; published code: window; weight: ours.
+    """
+    foreground = 1 - probabilities[:, :1]
+    highest, negative_lowest = (F.max_pool2d(z, 2 * radius + 1, stride=1, padding=radius)
+                                for z in (foreground, -foreground))
+    return (highest + negative_lowest).mean()
+
+
+def entropy_loss(probabilities: Tensor) -> Tensor:
+    """Mean over pixels of -Σ_c p_c log p_c / log C, a scalar in [0, 1] (M8). probabilities: (N, C, H, W)."""
+    classes = probabilities.shape[1]
+    return -torch.xlogy(probabilities, probabilities.clamp_min(1e-12)).sum(dim=1).mean() / torch.tensor(classes).log()
+
+
+def adaptation_loss(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> Tensor:
+    """L = λ_ent L_ent + λ_con L_con + λ_shape L_shape of a batch (N, C_in, H, W); noise and views are drawn."""
+    settings = routed.settings
+    probabilities = routed(images).softmax(dim=1)
+    views = draw_views(images, generator)
+    noise = settings.noise * torch.randn(images.shape, generator=generator, device=images.device)
+    of_view = routed(view(images + noise, views)).softmax(dim=1)
+    radius = max(1, round(settings.radius * min(images.shape[-2:])))
+    return (settings.entropy * entropy_loss(probabilities)
+            + settings.consistency * consistency_loss(probabilities, of_view, views)
+            + settings.shape * shape_constraint(probabilities, radius))
+
+
+# ---------------------------------------------------------------- adaptation
+@torch.no_grad()
+def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
+    """How well each expert's BatchNorm statistics fit the images: divergence (M,), at least 0, small is good.
+
+    Each expert runs alone; at every BatchNorm, the mean and variance of its inputs over all images are
+    compared with the running ones by the divergence KL(images ‖ expert) of two Gaussians per channel;
+    then averaged over channels and layers. Raises ValueError where no BatchNorm keeps running statistics. Ours.
+    """
+    norms = [m for m in routed.modules() if isinstance(m, RoutedBatchNorm2d) and m.running_mean is not None]
+    if not norms:
+        raise ValueError("match_statistics: no BatchNorm2d with running statistics; use start='uniform'")
+    sums: dict = {}
+
+    def observe(norm: RoutedBatchNorm2d, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].double()
+        moments = torch.stack([x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))]) * len(x)
+        sums[norm] = sums.get(norm, 0) + moments  # (2, C)
+
+    handles = [norm.register_forward_pre_hook(observe) for norm in norms]
+    shares, mixes = [norm.batch_share for norm in norms], [norm.mix for norm in norms]
+    divergences = []
+    try:
+        for norm in norms:
+            norm.batch_share, norm.mix = 0.0, True  # the expert as it was trained
+        for expert, weights in enumerate(torch.eye(routed.experts)):
+            sums.clear()
+            with fixed_routing(routed, weights):
+                for batch in images.split(routed.settings.batch_size):
+                    routed(batch)
+            layers = []
+            for norm in norms:
+                mean, square = sums[norm] / len(images)
+                variance = (square - mean.square()).clamp_min(0) + norm.eps
+                own_mean, own_variance = norm.running_mean[expert].double(), norm.running_var[expert].double() + norm.eps
+                layers.append(((own_variance / variance).log() + (variance + (mean - own_mean).square()) / own_variance
+                               - 1).mean() / 2)
+            divergences.append(torch.stack(layers).mean())
+    finally:
+        for handle in handles:
+            handle.remove()
+        for norm, share, mix in zip(norms, shares, mixes):
+            norm.batch_share, norm.mix = share, mix
+    return torch.stack(divergences).float()
+
+
+def matched_weights(divergence: Tensor) -> Tensor:
+    """Routing weights (M,) ∝ exp(-divergence / its standard deviation over the experts). Ours."""
+    return torch.softmax(-divergence / divergence.std(correction=0).clamp_min(1e-12), dim=0)
+
+
+def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, online: bool = False) -> Tensor:
+    """Tune routers and BatchNorm affine on unlabelled images, in place; return probabilities (N, C, H, W).
+
+    images: (N, C_in, H, W) of one site, on the network's device, as must be the generator, which draws order,
+    noise, views and dropout. The experts are never changed. Everything else is in `routed.settings`.
+    offline: `passes` over all images in random order, then predict them.
+    online: in the given order each batch is used for one step, then predicted; call again to go on.
+    A first call with start "matched" sets out from `match_statistics` of all images (online: first batch).
+    """
+    settings = routed.settings
+    routed.eval()  # dropout of the networks' own stays off; the routers' is on while they hold a generator
+    if settings.start == "matched" and not routed.matched:
+        seen = images[:settings.batch_size] if online else images
+        routed.start_at(matched_weights(match_statistics(routed, seen)))
+        routed.matched.fill_(True)
+    optimiser = torch.optim.Adam(routed.adaptable_parameters(), lr=settings.lr)
+    if online:
+        return torch.cat([_step_then_predict(routed, optimiser, batch, generator)
+                          for batch in images.split(settings.batch_size)])
+    for _ in range(settings.passes):
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        for indices in order.split(settings.batch_size):
+            _step(routed, optimiser, images[indices], generator)
+    return predict(routed, images)
+
+
+def _step(routed: RoutedNetwork, optimiser: torch.optim.Optimizer, batch: Tensor, generator: torch.Generator) -> None:
+    routers = routed.routers()
+    try:
+        for router in routers:
+            router.generator = generator
+        loss = adaptation_loss(routed, batch, generator)
+    finally:
+        for router in routers:
+            router.generator = None
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+
+
+def _step_then_predict(routed, optimiser, batch, generator) -> Tensor:
+    _step(routed, optimiser, batch, generator)
+    return predict(routed, batch)
+
+
+@torch.no_grad()
+def predict(routed: RoutedNetwork, images: Tensor) -> Tensor:
+    """Probabilities (N, C, H, W) of images (N, C_in, H, W), dropout off, in batches of `settings.batch_size`."""
+    routed.eval()
+    return torch.cat([routed(batch).softmax(dim=1) for batch in images.split(routed.settings.batch_size)])
+
+
+@torch.no_grad()
+def mean_routing(routed: RoutedNetwork, images: Tensor) -> tuple[list[str], Tensor]:
+    """Names of the routed layers and their mean routing weights over the images: (layers, M)."""
+    sums: dict[str, Tensor] = {}
+    for batch in images.split(routed.settings.batch_size):
+        routed(batch)
+        for name, weights in routed.trace.layers.items():
+            sums[name] = sums.get(name, 0) + weights.sum(dim=0)
+    return list(sums), torch.stack(list(sums.values())) / len(images)
