@@ -241,13 +241,14 @@ def _surface(mask: np.ndarray) -> np.ndarray:
 
 
 def evaluate(prediction: Tensor, masks: Tensor, cases: Sequence[str], structures: dict[str, tuple[int, ...]],
-             spacing: Sequence[float]) -> list[dict]:
+             spacing: Sequence[float], distances: bool = True) -> list[dict]:
     """Dice, HD95 and ASSD of each structure, per case, then averaged over the cases (M9).
 
     prediction, masks: (N, H, W) class indices; cases: N identifiers. With a spacing of three numbers the
     images of one identifier are the slices of one volume, else each image is a case.
     structures: name → its classes. Returns a dict a structure: structure, dice, hd95, assd, cases and
-    distance_cases, the number of cases with at least one mask not empty; without any, distances are None.
+    distance_cases, the number of cases with at least one mask not empty; without any, or with `distances`
+    off, the distances are None.
     """
     groups: dict = {}
     for index, case in enumerate(cases):
@@ -258,8 +259,8 @@ def evaluate(prediction: Tensor, masks: Tensor, cases: Sequence[str], structures
     rows = []
     for name, classes in structures.items():
         pairs = [(np.isin(prediction[g], classes), np.isin(masks[g], classes)) for g in groups.values()]
-        distances = np.array([[hd95(p, t, spacing), assd(p, t, spacing)] for p, t in pairs])
-        valid = distances[~np.isnan(distances[:, 0])]
+        values = [[hd95(p, t, spacing), assd(p, t, spacing)] for p, t in pairs if distances and (p.any() or t.any())]
+        valid = np.array(values)
         mean = valid.mean(axis=0).tolist() if len(valid) else (None, None)
         rows.append({"structure": name, "dice": float(np.mean([dice(p, t) for p, t in pairs])),
                      "hd95": mean[0], "assd": mean[1], "cases": len(pairs), "distance_cases": len(valid)})

@@ -113,18 +113,17 @@ class RoutedConv2d(nn.Module):
         self.router = Router(conv.in_channels, len(experts), settings, generator).to(conv.weight)
         self.transposed = isinstance(conv, nn.ConvTranspose2d)
         self.stride, self.dilation, self.groups, self.padding = conv.stride, conv.dilation, conv.groups, conv.padding
-        self.kernel_size, self.output_padding, self.padding_mode = (
-            conv.kernel_size, conv.output_padding, conv.padding_mode)
-        if self.padding_mode != "zeros":  # torch's conv2d pads with zeros only: other frames are laid on before
+        self.output_padding, self.padding_mode, self.frame = conv.output_padding, conv.padding_mode, None
+        if self.padding_mode != "zeros":  # F.conv2d pads with zeros only: other frames are laid on before it
             self.frame, self.padding = conv._reversed_padding_repeated_twice, (0, 0)
         self.name, self.trace = name, trace
 
-    def forward(self, x: Tensor, output_size: list[int] | None = None) -> Tensor:
-        """(N, C_in, H, W) → (N, C_out, H', W'); output_size as in torch's ConvTranspose2d."""
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C_in, H, W) → (N, C_out, H', W')."""
         routing = self.router(x)  # (N, M)
         self.trace.latest = routing
         self.trace.layers[self.name] = routing.detach()
-        if self.padding_mode != "zeros":
+        if self.frame:
             x = F.pad(x, self.frame, mode=self.padding_mode)
         # All samples' kernels by one matrix product; then the batch becomes groups of one convolution.
         kernels = (routing @ self.weight.flatten(1)).view(-1, *self.weight.shape[2:])  # (N·C_out, C_in/g, kh, kw)
@@ -132,18 +131,11 @@ class RoutedConv2d(nn.Module):
         count, groups = len(x), len(x) * self.groups
         x = x.reshape(1, -1, *x.shape[2:])  # (1, N·C_in, H, W)
         if self.transposed:
-            y = F.conv_transpose2d(x, kernels, bias, self.stride, self.padding,
-                                   self._output_padding(x, output_size), groups, self.dilation)
+            y = F.conv_transpose2d(x, kernels, bias, self.stride, self.padding, self.output_padding, groups,
+                                   self.dilation)
         else:
             y = F.conv2d(x, kernels, bias, self.stride, self.padding, self.dilation, groups)
         return y.view(count, -1, *y.shape[2:])  # (N, C_out, H', W')
-
-    def _output_padding(self, x: Tensor, output_size: list[int] | None) -> tuple[int, ...]:
-        if output_size is None:
-            return self.output_padding
-        smallest = [(size - 1) * self.stride[i] - 2 * self.padding[i] + self.dilation[i] * (self.kernel_size[i] - 1) + 1
-                    for i, size in enumerate(x.shape[2:])]
-        return tuple(wanted - least for wanted, least in zip(output_size[-2:], smallest))
 
 
 class RoutedBatchNorm2d(nn.Module):
@@ -275,12 +267,19 @@ def _describe(module: nn.Module) -> str:
 
 @contextmanager
 def fixed_routing(routed: RoutedNetwork, weights: Tensor):
-    """Within this context every layer mixes the experts by the given weights (M,), whatever the image."""
+    """Within this context the network is the mixture by the given weights (M,): for every image and layer,
+    BatchNorm with its running statistics included. One-hot weights give an expert as it was trained."""
+    norms = [module for module in routed.modules() if isinstance(module, RoutedBatchNorm2d)]
+    before = [(norm.mix, norm.batch_share) for norm in norms]
+    for norm in norms:
+        norm.mix, norm.batch_share = True, 0.0 if norm.running_mean is not None else 1.0
     for router in routed.routers():
         router.fixed = weights.to(router.fc2.weight)
     try:
         yield
     finally:
+        for norm, (mix, batch_share) in zip(norms, before):
+            norm.mix, norm.batch_share = mix, batch_share
         for router in routed.routers():
             router.fixed = None
 
@@ -292,29 +291,20 @@ def draw_views(images: Tensor, generator: torch.Generator) -> Tensor:
     return torch.randint(count, (len(images),), generator=generator, device=images.device)
 
 
-def view(images: Tensor, views: Tensor) -> Tensor:
-    """T of M6: by the bits of its number each image (N, C, H, W) is transposed (4), mirrored up-down (2)
-    and left-right (1): together the eight flips and 90° rotations."""
-    bit = views[:, None, None, None]
-    if images.shape[-1] == images.shape[-2]:
-        images = torch.where(bit & 4 > 0, images.transpose(-1, -2), images)
-    images = torch.where(bit & 2 > 0, images.flip(-2), images)
-    return torch.where(bit & 1 > 0, images.flip(-1), images)
-
-
-def undo_view(images: Tensor, views: Tensor) -> Tensor:
-    """T⁻¹ of M6: undoes `view` with the same numbers."""
-    bit = views[:, None, None, None]
-    images = torch.where(bit & 1 > 0, images.flip(-1), images)
-    images = torch.where(bit & 2 > 0, images.flip(-2), images)
-    if images.shape[-1] == images.shape[-2]:
-        images = torch.where(bit & 4 > 0, images.transpose(-1, -2), images)
+def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
+    """T of M6, or T⁻¹: by the bits of its number each image (N, C, H, W) is transposed (4), mirrored
+    up-down (2) and left-right (1), in this order: together the eight flips and 90° rotations."""
+    steps = [(4, lambda x: x.transpose(-1, -2)), (2, lambda x: x.flip(-2)), (1, lambda x: x.flip(-1))]
+    if images.shape[-1] != images.shape[-2]:
+        steps = steps[1:]
+    for bit, step in reversed(steps) if inverse else steps:
+        images = torch.where((views & bit > 0)[:, None, None, None], step(images), images)
     return images
 
 
 def consistency_loss(probabilities: Tensor, of_view: Tensor, views: Tensor) -> Tensor:
     """mean (p(x) - T⁻¹[p(T(x + ε))])², a scalar in [0, 1] (M6). Both arguments: (N, C, H, W)."""
-    return (probabilities - undo_view(of_view, views)).square().mean()
+    return (probabilities - view(of_view, views, inverse=True)).square().mean()
 
 
 def shape_constraint(probabilities: Tensor, radius: int) -> Tensor:
@@ -365,15 +355,11 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
 
     def observe(norm: RoutedBatchNorm2d, inputs: tuple[Tensor]) -> None:
         x = inputs[0].double()
-        moments = torch.stack([x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))]) * len(x)
-        sums[norm] = sums.get(norm, 0) + moments  # (2, C)
+        sums[norm] = sums.get(norm, 0) + len(x) * torch.stack([x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))])
 
     handles = [norm.register_forward_pre_hook(observe) for norm in norms]
-    shares, mixes = [norm.batch_share for norm in norms], [norm.mix for norm in norms]
     divergences = []
     try:
-        for norm in norms:
-            norm.batch_share, norm.mix = 0.0, True  # the expert as it was trained
         for expert, weights in enumerate(torch.eye(routed.experts)):
             sums.clear()
             with fixed_routing(routed, weights):
@@ -383,15 +369,13 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
             for norm in norms:
                 mean, square = sums[norm] / len(images)
                 variance = (square - mean.square()).clamp_min(0) + norm.eps
-                own_mean, own_variance = norm.running_mean[expert].double(), norm.running_var[expert].double() + norm.eps
-                layers.append(((own_variance / variance).log() + (variance + (mean - own_mean).square()) / own_variance
-                               - 1).mean() / 2)
+                own_mean, own_variance = norm.running_mean[expert], norm.running_var[expert] + norm.eps
+                layers.append(((variance + (mean - own_mean).square()) / own_variance - 1
+                               - (variance / own_variance).log()).mean() / 2)
             divergences.append(torch.stack(layers).mean())
     finally:
         for handle in handles:
             handle.remove()
-        for norm, share, mix in zip(norms, shares, mixes):
-            norm.batch_share, norm.mix = share, mix
     return torch.stack(divergences).float()
 
 
@@ -405,7 +389,7 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, 
 
     images: (N, C_in, H, W) of one site, on the network's device, as must be the generator, which draws order,
     noise, views and dropout. The experts are never changed. Everything else is in `routed.settings`.
-    offline: `passes` over all images in random order, then predict them.
+    offline: `passes` over all images in random order, then they are predicted.
     online: in the given order each batch is used for one step, then predicted; call again to go on.
     A first call with start "matched" sets out from `match_statistics` of all images (online: first batch).
     """
@@ -416,33 +400,26 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, 
         routed.start_at(matched_weights(match_statistics(routed, seen)))
         routed.matched.fill_(True)
     optimiser = torch.optim.Adam(routed.adaptable_parameters(), lr=settings.lr)
+
+    def step(batch: Tensor) -> None:
+        for router in routed.routers():
+            router.generator = generator  # dropout on
+        optimiser.zero_grad()
+        adaptation_loss(routed, batch, generator).backward()
+        optimiser.step()
+        for router in routed.routers():
+            router.generator = None  # and off again
+
     if online:
-        return torch.cat([_step_then_predict(routed, optimiser, batch, generator)
-                          for batch in images.split(settings.batch_size)])
+        predictions = []
+        for batch in images.split(settings.batch_size):
+            step(batch)
+            predictions.append(predict(routed, batch))
+        return torch.cat(predictions)
     for _ in range(settings.passes):
-        order = torch.randperm(len(images), generator=generator, device=images.device)
-        for indices in order.split(settings.batch_size):
-            _step(routed, optimiser, images[indices], generator)
+        for indices in torch.randperm(len(images), generator=generator, device=images.device).split(settings.batch_size):
+            step(images[indices])
     return predict(routed, images)
-
-
-def _step(routed: RoutedNetwork, optimiser: torch.optim.Optimizer, batch: Tensor, generator: torch.Generator) -> None:
-    routers = routed.routers()
-    try:
-        for router in routers:
-            router.generator = generator
-        loss = adaptation_loss(routed, batch, generator)
-    finally:
-        for router in routers:
-            router.generator = None
-    optimiser.zero_grad()
-    loss.backward()
-    optimiser.step()
-
-
-def _step_then_predict(routed, optimiser, batch, generator) -> Tensor:
-    _step(routed, optimiser, batch, generator)
-    return predict(routed, batch)
 
 
 @torch.no_grad()

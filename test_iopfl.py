@@ -1,0 +1,535 @@
+"""The tests: `pytest`, without network, GPU or data. Slow, obvious versions of the method stand here as oracles."""
+
+import copy
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import iopfl
+import router
+import train
+from models import UNet
+
+HERE = Path(__file__).parent
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def toy_clients(count: int, size: int = 8, dtype: torch.dtype = torch.float32) -> dict:
+    """Clients with unequal numbers of random images; the mask is where the image is bright."""
+    clients = {}
+    for k in range(count):
+        images = torch.randn(3 + 2 * k, 1, size, size, generator=seeded(k), dtype=dtype) + 0.3 * k
+        clients[f"client{k}"] = SimpleNamespace(images=images, masks=(images[:, 0] > 0.5).long())
+    return clients
+
+
+def randomise(model: nn.Module, seed: int) -> nn.Module:
+    """Random weights and BatchNorm statistics, the variances positive."""
+    generator = seeded(seed)
+    with torch.no_grad():
+        for name, value in model.state_dict().items():
+            if value.is_floating_point():
+                value.copy_(torch.randn(value.shape, generator=generator, dtype=value.dtype) * 0.3)
+                if name.endswith("running_var"):
+                    value.abs_().add_(0.5)
+    return model.eval()
+
+
+def experts(count: int = 3, **options) -> list[nn.Module]:
+    return [randomise(UNet(1, 2, width=4, depth=2, **options), k).double() for k in range(count)]
+
+
+def images(count: int = 4, size: int = 12, seed: int = 9) -> torch.Tensor:
+    return torch.randn(count, 1, size, size, generator=seeded(seed), dtype=torch.float64)
+
+
+# ---------------------------------------------------------------- models
+@pytest.mark.parametrize("size", [(16, 16), (17, 30), (5, 3)])
+def test_unet_takes_any_size(size):
+    model = UNet(3, 4, width=4, depth=3)
+    assert model(torch.randn(2, 3, *size)).shape == (2, 4, *size)
+
+
+def test_unet_layers_and_padding():
+    model = randomise(UNet(1, 2, width=4, depth=2), 0)
+    kinds = [type(module) for module in model.modules()]
+    assert kinds.count(nn.Conv2d) == 2 * 5 + 1 and kinds.count(nn.ConvTranspose2d) == 2
+    assert all(m.bias is None for n, m in model.named_modules() if isinstance(m, nn.Conv2d) and n != "head")
+    x = torch.randn(1, 1, 6, 7)  # padded to 8 × 8 by its edges
+    assert torch.allclose(model(x), model(F.pad(x, (0, 1, 0, 2), mode="replicate"))[..., :6, :7])
+
+
+def test_unet_errors():
+    with pytest.raises(ValueError, match=r"expected images \(N, 1, H, W\), got \(2, 3, 8, 8\)"):
+        UNet(1, 2, 4, 2)(torch.zeros(2, 3, 8, 8))
+    with pytest.raises(ValueError, match=r"got \(1, 8, 8\)"):
+        UNet(1, 2, 4, 2)(torch.zeros(1, 8, 8))
+    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+        UNet(1, 2, 4, 0)
+
+
+def test_unet_weights_come_from_the_generator():
+    torch.manual_seed(1)
+    before = torch.get_rng_state()
+    a = UNet(1, 2, 4, 2, seeded(5))
+    torch.manual_seed(2)
+    b = UNet(1, 2, 4, 2, seeded(5))
+    assert all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values()))
+    assert before.shape == torch.get_rng_state().shape
+
+
+# ---------------------------------------------------------------- federation (M1 to M3)
+def test_soft_dice_by_hand():
+    logits = torch.tensor([[[[0.0, 100.0]], [[0.0, -100.0]]]])  # p = (½, ½) and (1, 0)
+    target = torch.tensor([[[1, 0]]])
+    # class 0: overlap 1, size 1.5 + 1; class 1: overlap .5, size .5 + 1
+    expected = 1 - (2 / 2.5 + 1 / 1.5) / 2
+    assert iopfl.soft_dice_loss(logits, target).item() == pytest.approx(expected, abs=1e-5)
+
+
+def test_aggregate_by_hand():
+    states = [{"weight": torch.tensor([1.0, 2.0]), "running_mean": torch.tensor([10.0]), "steps": torch.tensor(3)},
+              {"weight": torch.tensor([5.0, 6.0]), "running_mean": torch.tensor([30.0]), "steps": torch.tensor(7)}]
+    result = iopfl.aggregate(iter(states), [1, 3])
+    assert torch.equal(result["weight"], torch.tensor([4.0, 5.0]))
+    assert torch.equal(result["running_mean"], torch.tensor([25.0]))  # BatchNorm statistics are averaged
+    assert result["steps"].item() == 7 and result["steps"].dtype == torch.int64
+    assert torch.equal(states[0]["weight"], torch.tensor([1.0, 2.0]))  # the states stay as they were
+
+
+@pytest.mark.parametrize("second, message", [
+    ({"a": torch.zeros(2)}, "client 1 and client 0 differ in entry 'b'"),
+    ({"a": torch.zeros(3), "b": torch.zeros(1)}, r"client 1, entry 'a': \(3,\) torch.float32, but client 0 has \(2,\)"),
+    ({"a": torch.zeros(2).double(), "b": torch.zeros(1)}, "client 1, entry 'a'.*float64"),
+    ({"a": torch.zeros(2), "b": torch.tensor([float("nan")])}, "client 1, entry 'b': not every value is finite"),
+])
+def test_aggregate_refuses(second, message):
+    with pytest.raises(ValueError, match=message):
+        iopfl.aggregate([{"a": torch.zeros(2), "b": torch.zeros(1)}, second], [1, 1])
+
+
+@pytest.mark.parametrize("weights, message", [([1], "more states than the 1 weights"), ([1, 1, 1], "2 states but 3"),
+                                              ([0, 0], "not all zero"), ([-1, 2], "not negative"), ([], "not all zero")])
+def test_aggregate_refuses_weights(weights, message):
+    with pytest.raises(ValueError, match=message):
+        iopfl.aggregate([{"a": torch.zeros(2)}] * 2, weights)
+
+
+def test_update_personal():
+    local, personal = {"a": torch.tensor([1.0]), "n": torch.tensor(4)}, {"a": torch.tensor([3.0]), "n": torch.tensor(9)}
+    result = iopfl.update_personal(personal, local, 0.25)
+    assert result["a"].item() == pytest.approx(0.25 * 3 + 0.75 * 1) and result["n"].item() == 4
+    first = iopfl.update_personal(None, local, 0.25)
+    assert first["a"].item() == 1 and first["a"].data_ptr() != local["a"].data_ptr()
+    with pytest.raises(ValueError, match=r"alpha must lie in \[0, 1\], got 1.5"):
+        iopfl.update_personal(personal, local, 1.5)
+
+
+def test_personal_model_is_the_sum_of_global_and_local_updates():
+    """M3 on real training in float64, for every floating entry, against w_k^t trained here once more."""
+    alpha, rounds, clients = 0.3, 4, toy_clients(2, dtype=torch.float64)
+    model = UNet(1, 2, width=2, depth=1, generator=seeded()).double()
+    start = iopfl.snapshot(model)
+    history = list(iopfl.federate(model, clients, rounds, alpha=alpha, seed=3, lr=1e-2))
+    globals_ = [start, *(r.global_state for r in history)]
+    for position, (name, client) in enumerate(clients.items()):
+        generator, local_updates = seeded(1000 * 3 + position), []
+        for t in range(1, rounds + 1):
+            model.load_state_dict(globals_[t - 1])
+            iopfl.train_local(model, client.images, client.masks, lr=1e-2, generator=generator)
+            local = iopfl.snapshot(model)
+            local_updates.append({e: local[e] - globals_[t - 1][e] for e in local})
+        for entry, value in history[-1].personal[name].items():
+            if not value.is_floating_point():
+                continue
+            expected = start[entry].clone()
+            for s in range(1, rounds):
+                expected += (1 - alpha ** (rounds - s)) * (globals_[s][entry] - globals_[s - 1][entry])
+            for t in range(1, rounds + 1):
+                share = alpha ** (rounds - 1) if t == 1 else (1 - alpha) * alpha ** (rounds - t)
+                expected += share * local_updates[t - 1][entry]
+            assert torch.allclose(value, expected, rtol=0, atol=1e-12), entry
+
+
+def test_a_federation_of_one_is_local_training():
+    clients = toy_clients(1)
+    model = UNet(1, 2, 2, 1, seeded())
+    twin, generator = copy.deepcopy(model), seeded(0)
+    last = list(iopfl.federate(model, clients, 2, alpha=0.0, batch_size=2))[-1]
+    for _ in range(2):
+        iopfl.train_local(twin, clients["client0"].images, clients["client0"].masks, batch_size=2, generator=generator)
+    for entry, value in twin.state_dict().items():
+        assert torch.equal(last.global_state[entry], value) and torch.equal(last.personal["client0"][entry], value)
+
+
+def test_no_two_states_share_memory_and_none_changes_later():
+    model = UNet(1, 2, 2, 1, seeded())
+    kept, copies = [], []
+    for state in iopfl.federate(model, toy_clients(3), 3):
+        kept += [state.global_state, *state.personal.values()]
+        copies += [copy.deepcopy(s) for s in kept[-4:]]
+    pointers = [v.data_ptr() for s in [*kept, model.state_dict()] for v in s.values()]
+    assert len(set(pointers)) == len(pointers)
+    assert all(torch.equal(k[e], c[e]) for k, c in zip(kept, copies) for e in k)
+    assert not torch.equal(kept[0]["head.weight"], kept[-1]["head.weight"])
+
+
+# ---------------------------------------------------------------- evaluation (M9)
+def box(shape, *ranges):
+    mask = np.zeros(shape, dtype=bool)
+    mask[tuple(slice(*r) for r in ranges)] = True
+    return mask
+
+
+A, B = box((16, 16), (4, 10), (4, 10)), box((16, 16), (5, 13), (4, 10))
+
+
+@pytest.mark.parametrize("prediction, target, spacing, expected", [
+    (A, B, (1, 1), (0.71429, 3, 0.90909)),
+    (A, B, (2, 0.5), (0.71429, 6, 1.5)),
+    (box((16, 16), (2, 3), (2, 3)), A, (1, 1), (0, 9.25354, 6.50910)),
+    (box((16, 16), (0, 6), (0, 6)), A, (1, 1), (0.11111, 5.03284, 3.09237)),
+    (box((6, 16, 16), (1, 5), (4, 10), (4, 10)), box((6, 16, 16), (2, 6), (5, 13), (4, 10)), (3, 1, 1),
+     (0.53571, 3.60555, 1.63686)),
+    (~A & A, A, (3, 4), (0, 80, 80)),  # one empty: the diagonal of 48 × 64
+    (A, A, (1, 1), (1, 0, 0)),
+])
+def test_metrics(prediction, target, spacing, expected):
+    got = iopfl.dice(prediction, target), *(f(prediction, target, spacing) for f in (iopfl.hd95, iopfl.assd))
+    assert got == pytest.approx(expected, abs=1e-5)
+    assert (iopfl.hd95(target, prediction, spacing), iopfl.assd(target, prediction, spacing)) == pytest.approx(got[1:])
+
+
+def test_metrics_of_empty_masks_and_wrong_shapes():
+    empty = np.zeros((4, 4), bool)
+    assert iopfl.dice(empty, empty) == 1 and np.isnan(iopfl.hd95(empty, empty)) and np.isnan(iopfl.assd(empty, empty))
+    with pytest.raises(ValueError, match=r"prediction \(4, 4\), target \(16, 16\)"):
+        iopfl.dice(empty, A)
+    with pytest.raises(ValueError, match="one positive spacing an axis"):
+        iopfl.hd95(A, B, (1, 1, 1))
+
+
+def test_surface_distances_against_a_loop_over_pixels():
+    rng = np.random.default_rng(0)
+    masks = [rng.random((9, 11)) < share for share in (0.3, 0.6)]
+    spacing = (1.5, 0.7)
+
+    def surface(mask):
+        padded = np.pad(mask, 1)
+        return [(r, c) for r in range(9) for c in range(11) if mask[r, c] and not (
+            padded[r, c + 1] and padded[r + 2, c + 1] and padded[r + 1, c] and padded[r + 1, c + 2])]
+
+    a, b = map(surface, masks)
+    slow = [min(np.hypot(1.5 * (p[0] - q[0]), 0.7 * (p[1] - q[1])) for q in b) for p in a]
+    assert iopfl.surface_distances(*masks, spacing)[0] == pytest.approx(slow, abs=1e-12)
+
+
+def test_evaluate_by_structure_case_and_volume():
+    target = torch.zeros(3, 4, 4, dtype=torch.long)
+    target[0, :2, :2], target[0, 0, 0], target[1, 0, 0] = 1, 2, 1
+    prediction = target.clone()
+    prediction[1] = 0
+    structures = {"disc": (1, 2), "cup": (2,)}
+    disc, cup = iopfl.evaluate(prediction, target, ["a", "b", "c"], structures, (1, 1))
+    assert disc["dice"] == pytest.approx((1 + 0 + 1) / 3) and (disc["cases"], disc["distance_cases"]) == (3, 2)
+    assert disc["hd95"] == pytest.approx((0 + 32**0.5) / 2)
+    assert cup["dice"] == 1 and cup["distance_cases"] == 1
+    disc, _ = iopfl.evaluate(prediction, target, ["v", "v", "w"], structures, (3, 1, 1))  # two volumes
+    assert disc["cases"] == 2 and disc["dice"] == pytest.approx((8 / 9 + 1) / 2)
+    assert iopfl.evaluate(target * 0, target * 0, ["a", "b", "c"], structures, (1, 1))[0]["hd95"] is None
+
+
+# ---------------------------------------------------------------- routed layers (M4, M5)
+CONVOLUTIONS = [
+    (nn.Conv2d, dict(in_channels=4, out_channels=6, kernel_size=3, padding=1, bias=False)),
+    (nn.Conv2d, dict(in_channels=4, out_channels=6, kernel_size=(3, 2), stride=(2, 3), padding=(1, 2), dilation=2)),
+    (nn.Conv2d, dict(in_channels=4, out_channels=6, kernel_size=3, padding=1, groups=2)),
+    (nn.Conv2d, dict(in_channels=4, out_channels=4, kernel_size=3, padding="same", groups=4, padding_mode="reflect")),
+    (nn.Conv2d, dict(in_channels=4, out_channels=2, kernel_size=3, padding=(2, 1), padding_mode="circular")),
+    (nn.Conv2d, dict(in_channels=4, out_channels=2, kernel_size=4, padding="same", bias=False)),
+    (nn.ConvTranspose2d, dict(in_channels=4, out_channels=6, kernel_size=2, stride=2)),
+    (nn.ConvTranspose2d, dict(in_channels=4, out_channels=6, kernel_size=3, stride=(3, 2), padding=1,
+                              output_padding=(2, 1), groups=2, bias=False)),
+    (nn.ConvTranspose2d, dict(in_channels=4, out_channels=6, kernel_size=3, dilation=2, padding=2)),
+]
+
+
+@pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("kind, options", CONVOLUTIONS)
+def test_routed_convolution_equals_a_loop_over_samples(kind, options, activation):
+    """Values, and gradients of input and router, against torch's own layer applied sample by sample."""
+    torch.manual_seed(0)
+    convs = [kind(**options).double() for _ in range(3)]
+    settings = router.RoutingSettings(activation=activation, start="random")
+    routed = router.build_routed(convs, settings, seeded())
+    layer = routed.network
+    x = torch.randn(5, 4, 7, 9, generator=seeded(1), dtype=torch.float64, requires_grad=True)
+    fast = routed(x)
+
+    gate, outputs = layer.router, []
+    for sample in x:
+        pooled = sample.mean(dim=(1, 2))
+        scores = gate.fc2(gate.fc1(pooled))
+        weights = scores.softmax(0) if activation == "softmax" else torch.sigmoid(scores)
+        parameters = {name: sum(w * getattr(c, name).detach() for w, c in zip(weights, convs))
+                      for name, _ in convs[0].named_parameters()}
+        outputs.append(torch.func.functional_call(convs[0], parameters, (sample[None],)))
+    slow = torch.cat(outputs)
+    assert torch.allclose(fast, slow, rtol=0, atol=1e-12)
+
+    probe = torch.randn(fast.shape, generator=seeded(2), dtype=torch.float64)
+    wanted = [x, *gate.parameters()]
+    for a, b in zip(torch.autograd.grad((fast * probe).sum(), wanted), torch.autograd.grad((slow * probe).sum(), wanted)):
+        assert torch.allclose(a, b, rtol=0, atol=1e-11) and a.abs().max() > 0
+
+
+class Foreign(nn.Module):
+    """A network that is not ours: residual, pre-activated, strided, one convolution used twice, own dropout."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 6, 3, stride=2, padding=1, padding_mode="replicate")
+        self.norm = nn.BatchNorm2d(6)
+        self.plain_norm = nn.BatchNorm2d(6, affine=False, eps=1e-3)
+        self.twice = nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=3, bias=False)
+        self.branches = nn.ModuleDict({"up": nn.ConvTranspose2d(6, 3, 3, stride=2, padding=1, output_padding=1)})
+        self.act, self.drop = nn.GELU(), nn.Dropout(0.5)
+
+    def forward(self, x):
+        x = self.stem(x)
+        x = x + self.twice(self.act(self.norm(x)))
+        x = x + self.twice(self.act(self.plain_norm(x)))
+        return self.branches["up"](self.drop(x))
+
+
+def foreign_experts(count=3):
+    return [randomise(Foreign(), k).double() for k in range(count)]
+
+
+@pytest.mark.parametrize("make, channels", [(experts, 1), (foreign_experts, 2)])
+def test_one_hot_routing_is_that_expert_and_uniform_routing_the_average(make, channels):
+    models = make()
+    routed = router.build_routed(models, router.RoutingSettings(batch_share=0.0, start="uniform"))
+    x = torch.randn(3, channels, 12, 16, generator=seeded(), dtype=torch.float64)
+    for model, weights in zip(models, torch.eye(3)):
+        with router.fixed_routing(routed, weights):
+            assert torch.allclose(routed(x), model(x), rtol=0, atol=1e-10)
+    average = iopfl.with_state(models[0], iopfl.aggregate([m.state_dict() for m in models], [1, 1, 1]))
+    assert torch.allclose(routed(x), average(x), rtol=0, atol=1e-10)
+    assert len(routed.routers()) == sum(isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)) for m in models[0].modules())
+
+
+def test_foreign_network_is_adapted():
+    models = foreign_experts()
+    before = [copy.deepcopy(m.state_dict()) for m in models]
+    routed = router.build_routed(models, router.RoutingSettings(passes=1, lr=1e-2), seeded())
+    x = torch.randn(6, 2, 12, 12, generator=seeded(), dtype=torch.float64)
+    probabilities = router.adapt(routed, x, generator=seeded())
+    assert probabilities.shape == (6, 3, 12, 12) and torch.allclose(probabilities.sum(1), torch.ones(()).double())
+    assert all(torch.equal(m.state_dict()[e], b[e]) for m, b in zip(models, before) for e in b)
+    assert torch.equal(router.predict(routed, x), router.predict(routed, x))  # all dropout is off
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_batchnorm_statistics_running_interpolated_and_batch(share):
+    norms = [randomise(nn.Sequential(nn.BatchNorm2d(3)), k) for k in range(2)]
+    x = torch.randn(4, 3, 5, 5, generator=seeded()) * 2 + 1
+    last = norms[-1][0]
+    for mix in (True, False):  # no convolution before it: the last expert's, mixed or not
+        routed = router.build_routed(norms, router.RoutingSettings(batch_share=share, mix_batchnorm=mix))
+        mean = (1 - share) * last.running_mean + share * x.mean((0, 2, 3))
+        var = (1 - share) * last.running_var + share * x.var((0, 2, 3), correction=0)
+        assert torch.allclose(routed(x), F.batch_norm(x, mean, var, last.weight, last.bias), atol=1e-5)
+
+
+def test_sigmoid_starts_near_half_the_experts_and_uniform_start_sums_to_one():
+    x = images()
+    for settings, total in ((router.AUTHORS, 1.5), (router.RoutingSettings(activation="sigmoid", start="uniform"), 1.0),
+                            (router.RoutingSettings(start="uniform"), 1.0)):
+        _, weights = router.mean_routing(router.build_routed(experts(), settings, seeded()), x)
+        assert weights.shape == (2 * 5 + 2 + 1, 3)
+        assert torch.allclose(weights.sum(1), torch.tensor(total).double(), atol=0.5 if total == 1.5 else 1e-6)
+
+
+@pytest.mark.parametrize("settings", [router.RoutingSettings(start="random"), router.AUTHORS])
+def test_permuting_a_batch_permutes_the_output(settings):
+    routed = router.build_routed(experts(), settings, seeded())
+    x, order = images(5), torch.tensor([3, 0, 4, 2, 1])
+    assert torch.allclose(routed(x)[order], routed(x[order]), rtol=0, atol=1e-10)
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.scale = nn.Conv2d(1, 2, 1), nn.Parameter(torch.ones(1))
+
+
+@pytest.mark.parametrize("models, message", [
+    ([], "at least one model"),
+    ([nn.Sequential(nn.Conv2d(1, 2, 3), nn.GroupNorm(1, 2))] * 2, r"'1': cannot route GroupNorm"),
+    ([nn.Sequential(nn.Linear(3, 3))] * 2, r"'0': cannot route Linear"),
+    ([Scaled()] * 2, "cannot route Scaled"),
+    ([nn.Sequential(nn.Conv2d(1, 2, 3)), nn.Sequential(nn.Conv2d(1, 2, 5))], r"'0': model 0 has Conv2d.*\(3, 3\)"),
+    ([nn.Sequential(nn.ReLU()), nn.Sequential(nn.ReLU(), nn.ReLU())], "model 0 has Sequential"),
+])
+def test_build_routed_refuses(models, message):
+    with pytest.raises(ValueError, match=message):
+        router.build_routed(models)
+
+
+@pytest.mark.parametrize("options, message", [({"activation": "relu"}, "activation must be one of softmax, sigmoid"),
+                                              ({"start": "zero"}, "start must be one of"),
+                                              ({"batch_share": 2}, r"batch_share must lie in \[0, 1\]")])
+def test_settings_refuse(options, message):
+    with pytest.raises(ValueError, match=message):
+        router.RoutingSettings(**options)
+
+
+# ---------------------------------------------------------------- objective (M6 to M8)
+def test_the_eight_views_differ_and_are_undone():
+    x = torch.arange(2 * 3 * 3.0).view(1, 2, 3, 3)
+    seen = set()
+    for number in range(8):
+        views = torch.tensor([number])
+        turned = router.view(x, views)
+        assert torch.equal(router.view(turned, views, inverse=True), x)
+        seen.add(tuple(turned.flatten().tolist()))
+    rotations = {tuple(torch.rot90(y, k, (2, 3)).flatten().tolist()) for y in (x, x.flip(3)) for k in range(4)}
+    assert seen == rotations and len(seen) == 8
+    wide = torch.randn(50, 1, 2, 5)
+    views = router.draw_views(wide, seeded())
+    assert views.max() == 3 and torch.equal(router.view(router.view(wide, views), views, inverse=True), wide)
+    assert router.draw_views(torch.zeros(99, 1, 4, 4), seeded()).unique().tolist() == list(range(8))
+
+
+def test_consistency_of_equivariant_and_other_maps():
+    p, views = torch.rand(8, 2, 6, 6, generator=seeded()), torch.arange(8)
+    assert router.consistency_loss(p, router.view(p, views), views) == 0
+    assert router.consistency_loss(p, router.view(1 - p, views), views) == pytest.approx(((2 * p - 1) ** 2).mean().item())
+
+
+@pytest.mark.parametrize("radius", [1, 2])
+def test_shape_constraint_prices_contour_length(radius):
+    p = torch.zeros(1, 2, 12, 12)
+    assert router.shape_constraint(p + 0.3, radius) == 0
+    p[:, 1, :, 6:] = 0.8  # a straight edge: 2·radius columns see both sides
+    p[:, 0] = 1 - p[:, 1]
+    assert router.shape_constraint(p, radius).item() == pytest.approx(0.8 * 2 * radius / 12)
+    slow = [float(np.ptp((1 - p[0, 0].numpy())[max(r - radius, 0):r + radius + 1, max(c - radius, 0):c + radius + 1]))
+            for r in range(12) for c in range(12)]
+    assert router.shape_constraint(p, radius).item() == pytest.approx(np.mean(slow))
+
+
+def test_entropy_of_known_maps():
+    uniform, certain = torch.full((2, 3, 4, 4), 1 / 3), torch.zeros(2, 3, 4, 4)
+    certain[:, 1] = 1
+    assert router.entropy_loss(uniform).item() == pytest.approx(1) and router.entropy_loss(certain).item() == 0
+    mixed = torch.tensor([0.25, 0.75]).view(1, 2, 1, 1)
+    assert router.entropy_loss(mixed).item() == pytest.approx(-(0.25 * np.log2(0.25) + 0.75 * np.log2(0.75)))
+    certain.requires_grad_()
+    router.entropy_loss(certain).backward()
+    assert torch.isfinite(certain.grad).all()
+
+
+# ---------------------------------------------------------------- adaptation
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("settings", [router.RoutingSettings(passes=2, entropy=0.1), router.AUTHORS])
+def test_adapt_moves_routers_and_batchnorm_affine_and_nothing_else(settings, online):
+    models = experts()
+    before = [copy.deepcopy(m.state_dict()) for m in models]
+    routed = router.build_routed(models, settings, seeded())
+    start = copy.deepcopy(routed.state_dict())
+    x, global_rng = images(6, 16), torch.get_rng_state()
+    probabilities = router.adapt(routed, x, generator=seeded(), online=online)
+    assert probabilities.shape == (6, 2, 16, 16)
+    after = routed.state_dict()
+    adaptable = {name for name, _ in routed.named_parameters()}
+    moved = {name for name in after if not torch.equal(after[name], start[name])} - {"matched"}
+    assert moved == adaptable and len(adaptable) == 4 * 13 + 2 * 10
+    assert any(name.startswith("network.encoder.2") and "router" in name for name in moved)  # the deepest level
+    assert {id(p) for p in routed.adaptable_parameters()} == {id(p) for p in routed.parameters()}
+    assert all(torch.equal(m.state_dict()[e], b[e]) for m, b in zip(models, before) for e in b)
+    assert torch.equal(global_rng, torch.get_rng_state())  # all randomness came from the generator
+
+    if not online:
+        assert torch.equal(probabilities, router.predict(routed, x))
+    routed.reset()
+    assert all(torch.equal(routed.state_dict()[name], start[name]) for name in start)
+    again = router.adapt(routed, x, generator=seeded(), online=online)
+    assert torch.equal(again, probabilities)
+
+
+def test_online_predicts_each_batch_after_its_own_step_only():
+    settings = router.RoutingSettings(batch_size=2, start="uniform", lr=1e-2)
+    x = images(6)
+    whole = router.adapt(router.build_routed(experts(), settings, seeded()), x, generator=seeded(), online=True)
+    first = router.adapt(router.build_routed(experts(), settings, seeded()), x[:2], generator=seeded(), online=True)
+    assert torch.allclose(whole[:2], first, rtol=0, atol=1e-12)
+
+
+def test_adaptation_lowers_its_loss():
+    routed = router.build_routed(experts(), router.RoutingSettings(lr=1e-2, passes=20, dropout=0.0), seeded())
+    x = images(6)
+
+    def mean_loss():
+        return np.mean([router.adaptation_loss(routed, x, seeded(s)).item() for s in range(10)])
+
+    before = mean_loss()
+    router.adapt(routed, x, generator=seeded())
+    assert mean_loss() < 0.9 * before
+
+
+def test_matching_finds_the_expert_whose_statistics_fit():
+    models = experts()
+    x = images(8, 16)
+    twin = copy.deepcopy(models[1]).train()
+    for module in twin.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+    for _ in range(12):  # deeper statistics settle once those before them have
+        for t, m in zip(twin.modules(), models[1].modules()):
+            if isinstance(t, nn.BatchNorm2d):
+                m.running_mean.copy_(t.running_mean), m.running_var.copy_(t.running_var)
+        with torch.no_grad():
+            twin(x)
+    routed = router.build_routed(models)
+    divergence = router.match_statistics(routed, x)
+    assert divergence.argmin() == 1 and divergence[1] < 1e-3 and divergence.min() >= 0
+    weights = router.matched_weights(divergence)
+    assert weights.sum().item() == pytest.approx(1) and weights.argmax() == 1
+    assert torch.allclose(router.matched_weights(torch.ones(4)), torch.full((4,), 0.25))
+    with pytest.raises(ValueError, match="no BatchNorm2d"):
+        router.match_statistics(router.build_routed([nn.Conv2d(1, 2, 1).double()]), x)
+
+
+def test_divergence_by_hand():
+    """One BatchNorm after the identity: KL of two Gaussians, per channel, from the textbook."""
+    model = nn.Sequential(nn.BatchNorm2d(1))
+    model[0].running_mean.fill_(1.0), model[0].running_var.fill_(4.0)
+    x = torch.randn(7, 1, 5, 5, generator=seeded()) * 3
+    mean, var = x.mean().item(), x.var(correction=0).item()
+    expected = np.log(2 / var**0.5) + (var + (mean - 1) ** 2) / 8 - 0.5
+    routed = router.build_routed([model.eval()], router.RoutingSettings(start="uniform"))
+    assert router.match_statistics(routed, x).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    """The Python blocks of the README run as they stand, in order."""
+    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    assert blocks
+    monkeypatch.chdir(tmp_path)
+    names: dict = {}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), names)
