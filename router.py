@@ -64,7 +64,8 @@ class Trace:
 class Router(nn.Module):
     """r(x) = act(FC2(Dropout(FC1(GlobalAvgPool(x))))): one weight an expert, per sample (M4).
 
-    `fixed`, a tensor (M,), replaces what the router would say. Dropout is on only while `generator` is set.
+    `fixed`, a tensor (M,), replaces what the router would say. In training mode `generator` draws the
+    dropout; in evaluation mode there is none.
     Source: published code; softmax and the starts other than random: ours.
     """
 
@@ -86,7 +87,7 @@ class Router(nn.Module):
         if self.fixed is not None:
             return self.fixed.expand(len(x), -1)
         hidden = self.fc1(x.mean(dim=(2, 3)))  # (N, 2C)
-        if self.generator is not None:
+        if self.training and self.dropout:
             kept = torch.rand(hidden.shape, generator=self.generator, device=hidden.device) >= self.dropout
             hidden = hidden * kept / (1 - self.dropout)
         scores = self.fc2(hidden)  # (N, M)
@@ -255,7 +256,7 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings | None = Non
         else:
             skeleton = done[id(last)] = copy.copy(last)
             skeleton._modules = {child: route([m._modules[child] for m in modules], f"{name}.{child}".lstrip("."))
-                                 for child, module in last._modules.items() if module is not None}
+                                 if module is not None else None for child, module in last._modules.items()}
         return done[id(last)]
 
     return RoutedNetwork(route(models, ""), trace, len(models), settings).eval()
@@ -394,7 +395,7 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, 
     A first call with start "matched" sets out from `match_statistics` of all images (online: first batch).
     """
     settings = routed.settings
-    routed.eval()  # dropout of the networks' own stays off; the routers' is on while they hold a generator
+    routed.eval()  # dropout of the networks' own stays off throughout
     if settings.start == "matched" and not routed.matched:
         seen = images[:settings.batch_size] if online else images
         routed.start_at(matched_weights(match_statistics(routed, seen)))
@@ -403,12 +404,10 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, 
 
     def step(batch: Tensor) -> None:
         for router in routed.routers():
-            router.generator = generator  # dropout on
+            router.train().generator = generator  # dropout on; `predict` turns it off
         optimiser.zero_grad()
         adaptation_loss(routed, batch, generator).backward()
         optimiser.step()
-        for router in routed.routers():
-            router.generator = None  # and off again
 
     if online:
         predictions = []

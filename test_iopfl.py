@@ -304,11 +304,13 @@ class Foreign(nn.Module):
         self.norm = nn.BatchNorm2d(6)
         self.plain_norm = nn.BatchNorm2d(6, affine=False, eps=1e-3)
         self.twice = nn.Conv2d(6, 6, 3, padding=2, dilation=2, groups=3, bias=False)
+        self.register_module("nothing", None)
         self.branches = nn.ModuleDict({"up": nn.ConvTranspose2d(6, 3, 3, stride=2, padding=1, output_padding=1)})
         self.act, self.drop = nn.GELU(), nn.Dropout(0.5)
 
     def forward(self, x):
         x = self.stem(x)
+        assert self.nothing is None  # as `downsample` in many residual networks
         x = x + self.twice(self.act(self.norm(x)))
         x = x + self.twice(self.act(self.plain_norm(x)))
         return self.branches["up"](self.drop(x))
