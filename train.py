@@ -215,7 +215,7 @@ def table(rows: list[dict], phase: str, unit: str) -> str:
     groups = [(structure, [structure]) for structure in structures]
     if len(structures) > 1:
         groups.append(("mean", structures))
-    width = 12 if len(seeds) > 1 else 9
+    width = 2 + max(11 if len(seeds) > 1 else 7, *(len(title) for *_, title in columns))
     lines = [f"{'':22}" + "".join(f"{title:>{width}}" for *_, title in columns)]
     for label, group in groups:
         values = {m: [per_seed(key, m, group, chosen) for key, chosen, _ in columns] for m in methods}
