@@ -1,6 +1,7 @@
 """The tests: `pytest`, without network, GPU or data. Slow, obvious versions of the method stand here as oracles."""
 
 import copy
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -20,6 +21,7 @@ import train
 from models import UNet
 
 HERE = Path(__file__).parent
+torch.set_num_threads(1)  # at these sizes no slower than two
 
 
 def seeded(seed: int = 0) -> torch.Generator:
@@ -525,6 +527,459 @@ def test_divergence_by_hand():
     expected = np.log(2 / var**0.5) + (var + (mean - 1) ** 2) / 8 - 0.5
     routed = router.build_routed([model.eval()], router.RoutingSettings(start="uniform"))
     assert router.match_statistics(routed, x).item() == pytest.approx(expected, abs=1e-4)
+
+
+# ---------------------------------------------------------------- data: simulated hospitals and folders
+def write_site(root, name, count, size=32, grey=False, values=(0, 1)):
+    """`count` random PNGs with masks of `values` below root/name; the generator's seed comes from the name."""
+    rng = np.random.default_rng(list(str(name).encode()))
+    for folder in ("images", "masks"):
+        (Path(root) / name / folder).mkdir(parents=True)
+    for number in range(count):
+        image = rng.integers(0, 256, (size, size) if grey else (size, size, 3), dtype=np.uint8)
+        mask = rng.choice(values, (size, size)).astype(np.uint8)
+        Image.fromarray(image).save(Path(root) / name / "images" / f"{number:02d}.png")
+        Image.fromarray(mask).save(Path(root) / name / "masks" / f"{number:02d}.png")
+    return Path(root) / name
+
+
+def splits_of(site):
+    return site.train, site.validation, site.test
+
+
+def same_bytes(a, b):
+    """Whether two sites hold the same images, masks and cases, split by split."""
+    return a.name == b.name and a.spacing == b.spacing and all(
+        torch.equal(s.images, t.images) and torch.equal(s.masks, t.masks) and s.cases == t.cases
+        for s, t in zip(splits_of(a), splits_of(b)))
+
+
+@pytest.mark.parametrize("task, channels, classes", [("prostate", 1, [0, 1]), ("fundus", 3, [0, 1, 2])])
+def test_simulated_images_and_masks(task, channels, classes):
+    sites = data.simulate_sites(task, 0, size=32, images_per_site=8)
+    assert [site.name for site in sites] == list(data.HOSPITALS[task])
+    for site in sites:
+        assert [len(split.cases) for split in splits_of(site)] == [5, 1, 2]
+        split = site.everything()
+        assert split.images.shape == (8, channels, 32, 32) and split.images.dtype == torch.float32
+        assert split.masks.shape == (8, 32, 32) and split.masks.dtype == torch.int64
+        assert split.cases == [f"{site.name}-{number:03d}" for number in range(8)]
+        for image, mask in zip(split.images, split.masks):
+            assert image.mean().item() == pytest.approx(0, abs=1e-4)
+            assert image.var(unbiased=False).item() == pytest.approx(1, abs=1e-3)
+            assert mask.unique().tolist() == classes
+        mm = 150 / 32 if task == "prostate" else 1
+        assert site.spacing == (mm, mm)
+
+
+def test_simulated_cup_lies_inside_disc():
+    """The drawn cup never touches the background, and the disc has more pixels than the cup."""
+    structures = data.STRUCTURES["fundus"]
+    for site in data.simulate_sites("fundus", 0, size=96, images_per_site=6):
+        for mask in site.everything().masks.numpy():
+            disc, cup = (np.isin(mask, structures[name]) for name in ("disc", "cup"))
+            assert disc[cup].all() and 0 < cup.sum() < disc.sum()
+            padded = np.pad(cup, 1)  # every pixel next to the cup, as well, lies in the disc
+            around = padded[:-2, 1:-1] | padded[2:, 1:-1] | padded[1:-1, :-2] | padded[1:-1, 2:]
+            assert disc[around].mean() > 0.9
+
+
+@pytest.mark.parametrize("task", ["prostate", "fundus"])
+def test_simulation_depends_on_its_arguments_alone(task):
+    def draw(seed, sites):
+        return data.simulate_sites(task, seed, size=24, images_per_site=4, sites=sites)
+
+    six, again, eight, three, other = draw(3, 6), draw(3, 6), draw(3, 8), draw(3, 3), draw(4, 6)
+    for site, repeated, extended, changed in zip(six, again, eight, other):
+        assert same_bytes(site, repeated) and same_bytes(site, extended)
+        assert not torch.equal(site.train.images, changed.train.images)
+    assert len(eight) == 8 and len(three) == 3
+    assert all(same_bytes(a, b) for a, b in zip(three, six))
+    assert len({site.train.images.numpy().tobytes() for site in eight}) == 8
+
+
+@pytest.mark.parametrize("task", ["prostate", "fundus"])
+def test_extra_hospitals_lie_in_the_range_of_the_six(task):
+    six, nine = data.hospital_table(task), data.hospital_table(task, 9)
+    assert list(nine)[:6] == list(six) and all(nine[name] == six[name] for name in six)
+    extra = [nine[name] for name in nine if name not in six]
+    assert len(extra) == 3 and len({dataclasses.astuple(hospital) for hospital in extra}) == 3
+    for field in dataclasses.fields(extra[0]):
+        known = [getattr(hospital, field.name) for hospital in six.values()]
+        for hospital in extra:
+            assert min(known) <= getattr(hospital, field.name) <= max(known), field.name
+
+
+# ---------------------------------------------------------------- a folder of real images
+def test_folder_channels(tmp_path):
+    """Grey everywhere gives one channel; one RGB image among them gives three, grey ones repeated."""
+    for name in ("a", "b"):
+        write_site(tmp_path, name, 4, grey=True)
+    sites, channels, classes = data.load_folder(tmp_path, 32)
+    assert (channels, classes) == (1, 2) and [site.name for site in sites] == ["a", "b"]
+    assert sites[0].everything().images.shape == (4, 1, 32, 32)
+    colour = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    Image.fromarray(colour).save(tmp_path / "b" / "images" / "02.png")
+    sites, channels, classes = data.load_folder(tmp_path, 32)
+    images = [site.everything().images for site in sites]
+    assert channels == 3 and all(i.shape == (4, 3, 32, 32) and i.dtype == torch.float32 for i in images)
+    assert torch.equal(images[0][:, 0], images[0][:, 2])
+    wanted = ((colour - colour.mean()) / colour.std()).transpose(2, 0, 1)
+    assert np.allclose(images[1][2].numpy(), wanted, atol=1e-4)
+
+
+@pytest.mark.parametrize("values", [[0, 128, 255], [255, 0, 128], [128, 255, 0]])
+def test_mask_values_map_to_their_position(tmp_path, values):
+    folder = write_site(tmp_path, "a", 5, values=(0, 128, 255))
+    sites, _, classes = data.load_folder(tmp_path, 32, values)
+    split = sites[0].everything()
+    assert classes == 3 and split.masks.dtype == torch.int64
+    for case, mask in zip(split.cases, split.masks):
+        stored = np.asarray(Image.open(folder / "masks" / Path(case).name))
+        assert np.array_equal(np.array(values)[mask.numpy()], stored)
+
+
+@pytest.mark.parametrize("size", [16, 20, 45])
+def test_resizing_keeps_class_indices(tmp_path, size):
+    """Masks of classes 0 and 2 (class 1 in one corner alone) get no value between when resized."""
+    folder = write_site(tmp_path, "a", 4, values=(0, 2))
+    mask = np.zeros((32, 32), np.uint8)
+    mask[:16, :16] = 1
+    Image.fromarray(mask).save(folder / "masks" / "00.png")
+    sites, _, classes = data.load_folder(tmp_path, size)
+    masks = sites[0].everything().masks
+    assert classes == 3 and masks.shape == (4, size, size)
+    assert masks[0].unique().tolist() == [0, 1]
+    assert all(m.unique().tolist() == [0, 2] for m in masks[1:])
+    if size == 16:
+        assert masks[0].sum() == 64 and masks[0][:8, :8].all()
+
+
+def test_16_bit_grey_is_not_clipped(tmp_path):
+    """Two images that differ only in values above 255 load as different; all values count."""
+    folder = write_site(tmp_path, "a", 4, grey=True)
+    low = np.random.default_rng(1).integers(256, 60000, (32, 32)).astype(np.uint16)
+    high = low.copy()
+    high[:16] = 65535
+    for number, pixels in enumerate((low, high)):
+        Image.fromarray(pixels).save(folder / "images" / f"{number:02d}.png")
+        assert np.array_equal(np.asarray(Image.open(folder / "images" / f"{number:02d}.png")), pixels)
+    sites, channels, _ = data.load_folder(tmp_path, 32)
+    images = sites[0].everything().images.numpy()
+    assert channels == 1 and not np.allclose(images[0], images[1])
+    for image, pixels in zip(images, (low, high)):
+        assert np.allclose(image[0], (pixels - pixels.mean()) / pixels.std(), atol=1e-3)
+
+
+def test_given_split_is_kept(tmp_path):
+    counts = {"train": 3, "val": 1, "test": 2}
+    for split, count in counts.items():
+        write_site(tmp_path / "a", split, count)
+    write_site(tmp_path, "b", 8)
+    (a, b), _, _ = data.load_folder(tmp_path, 32)
+    for split, (folder, count) in zip(splits_of(a), counts.items()):
+        assert split.cases == [f"{folder}/images/{number:02d}.png" for number in range(count)]
+        for case, mask in zip(split.cases, split.masks):
+            stored = Image.open(tmp_path / "a" / case.replace("images", "masks"))
+            assert np.array_equal(mask.numpy(), np.asarray(stored))
+    assert [len(split.cases) for split in splits_of(b)] == [5, 1, 2]
+
+
+def test_drawn_split(tmp_path):
+    """The same seed gives the same split, another seed another; the parts are disjoint and hold every case."""
+    write_site(tmp_path, "a", 12)
+    write_site(tmp_path, "b", 12)
+    first, again, other = (data.load_folder(tmp_path, 32, seed=seed)[0] for seed in (0, 0, 1))
+    for site, repeated, changed in zip(first, again, other):
+        assert same_bytes(site, repeated)
+        assert [split.cases for split in splits_of(site)] != [split.cases for split in splits_of(changed)]
+        cases = [case for split in splits_of(site) for case in split.cases]
+        assert len(cases) == len(set(cases)) == 12
+        assert sorted(cases) == [f"images/{number:02d}.png" for number in range(12)]
+    assert [split.cases for split in splits_of(first[0])] != [split.cases for split in splits_of(first[1])]
+
+
+def test_everything_is_sorted_and_matches(tmp_path):
+    folder = write_site(tmp_path, "a", 9, grey=True)
+    split = data.load_folder(tmp_path, 32, seed=5)[0][0].everything()
+    assert split.cases == [f"images/{number:02d}.png" for number in range(9)]
+    assert len(split.images) == len(split.masks) == 9
+    for case, image, mask in zip(split.cases, split.images, split.masks):
+        pixels = np.asarray(Image.open(folder / case), dtype=np.float64)
+        assert np.allclose(image[0].numpy(), (pixels - pixels.mean()) / pixels.std(), atol=1e-4)
+        assert np.array_equal(mask.numpy(), np.asarray(Image.open(folder / "masks" / Path(case).name)))
+
+
+def _mask(root, pixels):
+    Image.fromarray(np.asarray(pixels, dtype=np.uint8)).save(root / "a" / "masks" / "01.png")
+
+
+def _no_folder(root):
+    for file in (root / "a" / "masks").iterdir():
+        file.unlink()
+    (root / "a" / "masks").rmdir()
+
+
+def _too_few(root):
+    for number in (2, 3, 4):
+        (root / "a" / "images" / f"0{number}.png").unlink()
+
+
+def _cut(file):
+    file.write_bytes(file.read_bytes()[:200])
+
+
+def _constant(root):
+    for site in ("a", "b"):
+        for file in (root / site / "masks").iterdir():
+            Image.fromarray(np.zeros((32, 32), np.uint8)).save(file)
+
+
+SITE_ERRORS = {  # what is spoilt in a root of two sound sites, the mask values given, parts of the message
+    "missing mask": (lambda r: (r / "a/masks/01.png").unlink(), None,
+                     ["'a'", "{r}/a/images/01.png", "{r}/a/masks/01.png", "1 of 5 images"]),
+    "missing masks folder": (_no_folder, None, ["'a'", "{r}/a/masks"]),
+    "sizes differ": (lambda r: _mask(r, np.eye(20, 24)), None, ["'a'", "{r}/a/images/01.png", "32×32", "20×24"]),
+    "class index out of range": (lambda r: _mask(r, 255 * np.eye(32)), None,
+                                 ["{r}/a/masks/01.png", "255", "0 … 2", "--mask-values 0 1 255"]),
+    "unknown grey value": (lambda r: _mask(r, 7 * np.eye(32)), [0, 1],
+                           ["{r}/a/masks/01.png", "grey value 7", "--mask-values 0 1"]),
+    "corrupt image": (lambda r: _cut(r / "a/images/01.png"), None, ["{r}/a/images/01.png", "not a readable image"]),
+    "no image at all": (lambda r: (r / "a/images/01.png").write_text("text"), None,
+                        ["{r}/a/images/01.png", "not a readable image"]),
+    "corrupt mask": (lambda r: _cut(r / "a/masks/01.png"), None, ["{r}/a/masks/01.png", "not a readable image"]),
+    "RGB mask": (lambda r: _mask(r, np.zeros((32, 32, 3))), None, ["{r}/a/masks/01.png", "one channel", "RGB"]),
+    "too few images": (_too_few, None, ["'a'", "2 images in {r}/a/images", "at least 4"]),
+    "constant masks": (_constant, None, ["{r}", "every mask pixel is 0", "two classes"]),
+}
+
+
+@pytest.mark.parametrize("spoil, mask_values, parts", SITE_ERRORS.values(), ids=SITE_ERRORS)
+def test_folder_errors_name_the_trouble(tmp_path, spoil, mask_values, parts):
+    root = tmp_path / "root"
+    for name in ("a", "b"):
+        write_site(root, name, 5)
+    data.load_folder(root, 32, mask_values)  # sound before
+    spoil(root)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        data.load_folder(root, 32, mask_values)
+    for part in parts:
+        assert part.format(r=root) in str(caught.value)
+
+
+def test_folder_errors_without_sites(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such folder") as caught:
+        data.load_folder(tmp_path / "nowhere")
+    assert str(tmp_path / "nowhere") in str(caught.value)
+    (tmp_path / "other").mkdir()
+    with pytest.raises(FileNotFoundError, match="no sites found; expected") as caught:
+        data.load_folder(tmp_path)
+    assert str(tmp_path) in str(caught.value) and "<site>/masks" in str(caught.value)
+
+
+def test_grey_masks_without_mask_values_suggest_them(tmp_path):
+    write_site(tmp_path, "a", 4, values=(0, 255))
+    with pytest.raises(ValueError, match="class index 255 is out of range.*--mask-values 0 255"):
+        data.load_folder(tmp_path, 32)
+    sites, _, classes = data.load_folder(tmp_path, 32, [0, 255])
+    assert classes == 2 and sites[0].train.masks.unique().tolist() == [0, 1]
+
+
+def test_given_split_errors(tmp_path):
+    for split in ("train", "val", "test"):
+        write_site(tmp_path / "a", split, 1)
+    (tmp_path / "a" / "val" / "images" / "00.png").unlink()
+    with pytest.raises(ValueError, match=r"site 'a': 0 images in .*val/images, at least 1"):
+        data.load_folder(tmp_path, 32)
+    (tmp_path / "a" / "val" / "images").rmdir()
+    with pytest.raises(FileNotFoundError, match=r"site 'a': no folder .*val/images"):
+        data.load_folder(tmp_path, 32)
+
+
+# ---------------------------------------------------------------- the script: wrong input
+TINY = ["--size", "16", "--width", "2", "--depth", "1", "--sites", "3", "--images-per-site", "6", "--rounds", "1",
+        "--device", "cpu"]
+
+
+def tree(folder):
+    """Every file and folder below `folder`, with the bytes of each file."""
+    return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob("*"))}
+
+
+def refused(capsys, parent, argv, *parts):
+    """`train.main` returns 2 after one line on stderr that holds `parts`, and leaves `parent` as it was."""
+    before = tree(parent)
+    assert train.main(argv) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("train.py: ") and error.count("\n") == 1 and error.endswith("\n")
+    assert all(part in error for part in parts), error
+    assert tree(parent) == before
+
+
+def test_wrong_input_leaves_nothing(tmp_path, capsys):
+    parent = tmp_path / "runs"
+    parent.mkdir()
+    out = ["--out", str(parent / "x")]
+    refused(capsys, parent, [*TINY, *out, "--hold-out", "Nowhere"], "--hold-out Nowhere", "Alder, Birch, Cedar")
+    refused(capsys, parent, [*TINY, *out, "--sites", "1"], "two sites", "Alder", "--hold-out none")
+    refused(capsys, parent, [*out, "--root", str(tmp_path / "none")], str(tmp_path / "none"), "no such folder")
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    refused(capsys, parent, [*out, "--root", str(empty)], str(empty), "no sites found")
+    write_site(tmp_path / "grey", "a", 4, values=(0, 255))
+    refused(capsys, parent, [*out, "--root", str(tmp_path / "grey"), "--size", "16"], "a/masks/", "--mask-values 0 255")
+
+
+@pytest.mark.parametrize("argv, part", [
+    (["--rounds", "0"], "--rounds must be positive"), (["--size", "-3"], "--size must be positive"),
+    (["--lr", "0"], "--lr must be positive"), (["--alpha", "1.5"], "--alpha must lie in"),
+    (["--seeds", "1", "1"], "--seeds must be different"), (["--images-per-site", "3"], "at least 4"),
+    (["--mask-values", "0", "255"], "goes with --root"), (["--task", "liver"], "liver"), (["--size", "x"], "--size")])
+def test_wrong_arguments(tmp_path, capsys, argv, part):
+    with pytest.raises(SystemExit) as caught:
+        train.main(["--out", str(tmp_path / "x"), *argv])
+    assert caught.value.code == 2 and part in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_existing_folders_and_overwrite(tmp_path, capsys):
+    """A run is replaced with --overwrite alone, a folder that is no run never."""
+    run, other = tmp_path / "run", tmp_path / "other"
+    for folder, name in ((run, "results.json"), (other, "letter.txt")):
+        folder.mkdir()
+        (folder / name).write_text("keep")
+    refused(capsys, tmp_path, [*TINY, "--out", str(run)], str(run), "exists", "--overwrite")
+    refused(capsys, tmp_path, [*TINY, "--out", str(other)], str(other), "exists", "another --out")
+    refused(capsys, tmp_path, [*TINY, "--out", str(other), "--overwrite"], str(other), "exists", "another --out")
+    refused(capsys, tmp_path, [*TINY, "--out", str(run), "--overwrite", "--hold-out", "Nowhere"], "Nowhere")
+    assert train.main([*TINY, "--out", str(run), "--overwrite", "--hold-out", "none"]) == 0
+    results = json.loads((run / "results.json").read_text())
+    assert {row["phase"] for row in results["rows"]} == {"inside"}
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["other", "run"]
+
+
+def test_failure_in_the_middle_keeps_the_old_run(tmp_path, monkeypatch):
+    """An error while training removes the unfinished folder and leaves the run to be overwritten as it was."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "results.json").write_text("keep")
+
+    def fail(*_, **__):
+        raise RuntimeError("stopped")
+
+    monkeypatch.setattr(train.router, "adapt", fail)
+    with pytest.raises(RuntimeError, match="stopped"):
+        train.main([*TINY, "--out", str(run), "--overwrite"])
+    assert tree(tmp_path) == {"run": None, "run/results.json": b"keep"}
+
+
+# ---------------------------------------------------------------- the script: from start to finish
+TOY = {"prostate": ["--size", "48", "--images-per-site", "40", "--depth", "3", "--rounds", "15", "--lr", "5e-3"],
+       "fundus": ["--size", "32", "--images-per-site", "20", "--depth", "2", "--rounds", "20", "--lr", "5e-3"]}
+ROW_KEYS = {"phase", "method", "seed", "hold_out", "site", "structure", "dice", "hd95", "assd", "cases"}
+
+
+@pytest.fixture(scope="module", params=["prostate", "fundus"])
+def toy_run(request, tmp_path_factory):
+    """Task, folder and results.json of a run with two hospitals inside and one outside."""
+    out = tmp_path_factory.mktemp(request.param) / "runs" / "toy"
+    argv = ["--task", request.param, *TOY[request.param], "--width", "8", "--sites", "3", "--local-epochs", "2",
+            "--device", "cpu", "--out", str(out)]
+    assert train.main(argv) == 0
+    return request.param, out, json.loads((out / "results.json").read_text())
+
+
+def test_run_reports(toy_run):
+    task, _, results = toy_run
+    assert set(results) == {"config", "environment", "seconds", "rows"}
+    assert results["config"]["task"] == task and results["config"]["routing"]["activation"] == "softmax"
+    assert {"federation", "outside", "total"} <= set(results["seconds"])
+    assert results["environment"]["device"] == "cpu" and results["environment"]["peak_memory_mib"] > 0
+    names, rows = list(data.HOSPITALS[task])[:3], results["rows"]
+    count = results["config"]["images_per_site"]
+    structures = data.STRUCTURES[task]
+    wanted = [("inside", m, site, s) for m in ("fedavg", "iopfl") for site in names[:2] for s in structures]
+    wanted += [("outside", m, names[2], s) for m in ("global", "average", "routing") for s in structures]
+    assert sorted((row["phase"], row["method"], row["site"], row["structure"]) for row in rows) == sorted(wanted)
+    for row in rows:
+        assert ROW_KEYS <= set(row) and (row["seed"], row["hold_out"]) == (0, names[2])
+        assert 0 <= row["dice"] <= 1 and row["hd95"] >= 0 and row["assd"] >= 0
+        assert row["cases"] == (count if row["phase"] == "outside" else round(count / 4))
+
+
+def test_run_leaves_models_and_pictures(toy_run):
+    task, out, results = toy_run
+    assert [f.name for f in out.parent.iterdir()] == [out.name]
+    names = list(data.HOSPITALS[task])[:3]
+    folder = out / f"seed0-{names[2]}"
+    for picture in (out / "hospitals.png", folder / "outside.png", folder / "routing.png"):
+        with Image.open(picture) as image:
+            image.load()
+            assert image.mode == "RGB" and min(image.size) > 50
+    models = {f.name for f in folder.glob("*.pt")}
+    assert models == {"global.pt", "adapted.pt", *(f"personal-{name}.pt" for name in names[:2])}
+    for name in models:
+        state = torch.load(folder / name, weights_only=True)
+        assert all(torch.isfinite(value).all() and value.device.type == "cpu" for value in state.values())
+    # The saved global model gives the Dice of the report.
+    config = results["config"]
+    site = data.simulate_sites(task, 0, config["size"], config["images_per_site"], 3)[0]
+    structures = data.STRUCTURES[task]
+    model = train.UNet(data.CHANNELS[task], 1 + len(structures), config["width"], config["depth"])
+    model.load_state_dict(torch.load(folder / "global.pt", weights_only=True))
+    prediction = iopfl.predict(model, site.test.images)
+    rows = iopfl.evaluate(prediction, site.test.masks, site.test.cases, structures, site.spacing)
+    reported = [row["dice"] for row in results["rows"] if (row["method"], row["site"]) == ("fedavg", site.name)]
+    assert [row["dice"] for row in rows] == pytest.approx(reported, abs=0.02)
+
+
+def best_constant(sites, classes):
+    """The best mean Dice on the sites' test images of one mask for all: mean training masks, thresholded."""
+    mean = torch.cat([torch.from_numpy(np.isin(site.train.masks, classes)) for site in sites]).float().mean(dim=0)
+    masks = [mean.numpy() >= level for level in np.linspace(0, 0.95, 20)]
+    return max(np.mean([np.mean([iopfl.dice(mask, np.isin(truth, classes)) for truth in site.test.masks])
+                        for site in sites]) for mask in masks)
+
+
+def test_trained_model_beats_every_constant_mask(toy_run):
+    """Mean Dice of FedAvg on the test images inside, each structure, against the best constant mask."""
+    task, _, results = toy_run
+    config = results["config"]
+    sites = data.simulate_sites(task, 0, config["size"], config["images_per_site"], 3)[:2]
+    for structure, classes in data.STRUCTURES[task].items():
+        trained = np.mean([row["dice"] for row in results["rows"]
+                           if (row["method"], row["structure"]) == ("fedavg", structure)])
+        constant = best_constant(sites, classes)
+        print(f"{task} {structure}: trained {trained:.3f}, best constant mask {constant:.3f}")
+        assert trained > constant + 0.02
+
+
+@pytest.mark.parametrize("task", ["prostate", "fundus"])
+def test_same_seed_gives_the_same_rows(tmp_path, task):
+    def rows(name, seed):
+        argv = [*TINY, "--task", task, "--seeds", str(seed), "--out", str(tmp_path / name), "--size", "24",
+                "--width", "8", "--images-per-site", "12", "--rounds", "6", "--lr", "1e-2"]
+        assert train.main(argv) == 0
+        return json.loads((tmp_path / name / "results.json").read_text())["rows"]
+
+    first = rows("first", 0)
+    assert len({row["dice"] for row in first}) > 5  # not the same empty prediction everywhere
+    assert rows("again", 0) == first
+    assert [row["dice"] for row in rows("other", 1)] != [row["dice"] for row in first]
+
+
+def test_folder_run(tmp_path):
+    """Real images: grey values as classes, structures named by class, --hold-out all, two seeds."""
+    for name in ("a", "b", "c"):
+        write_site(tmp_path / "root", name, 5, values=(0, 100, 255))
+    argv = [*TINY, "--root", str(tmp_path / "root"), "--mask-values", "0", "100", "255", "--hold-out", "all",
+            "--seeds", "0", "1", "--out", str(tmp_path / "out")]
+    assert train.main(argv) == 0
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["structure"] for row in rows} == {"class 1", "class 2"}
+    assert {(row["seed"], row["hold_out"]) for row in rows} == {(s, h) for s in (0, 1) for h in "abc"}
+    assert all(row["site"] == row["hold_out"] for row in rows if row["phase"] == "outside")
+    assert all(row["site"] != row["hold_out"] for row in rows if row["phase"] == "inside")
 
 
 def test_readme_snippets_run(tmp_path, monkeypatch):
