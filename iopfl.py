@@ -122,7 +122,7 @@ class Round:
     losses: dict[str, float]
 
 
-def federate(model: nn.Module, clients: dict, rounds: int, *, alpha: float = 0.1, seed: int = 0,
+def federate(model: nn.Module, clients: dict, rounds: int, *, alpha: float = 0.5, seed: int = 0,
              epochs: int = 1, batch_size: int = 5, lr: float = 1e-3) -> Iterator[Round]:
     """Federated averaging with inside personalisation (M1, M2); yields a `Round` after each round.
 

@@ -29,7 +29,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="What adaptation does at test time: router.RoutingSettings.")
     defaults = {"task": "prostate", "size": 96, "sites": 6, "images_per_site": 60, "seeds": [0], "rounds": 30,
-                "local_epochs": 1, "batch_size": 5, "lr": 1e-3, "alpha": 0.1, "width": 16, "depth": 3,
+                "local_epochs": 1, "batch_size": 5, "lr": 1e-3, "alpha": 0.5, "width": 16, "depth": 3,
                 "device": "auto"}
 
     def add(group, name, text, **options) -> None:
