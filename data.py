@@ -382,7 +382,7 @@ def _pairs(site: Path) -> list[list[tuple[Path, Path]]]:
         for wanted in (images, masks):
             if not wanted.is_dir():
                 raise FileNotFoundError(f"site '{site.name}': no folder {wanted}")
-        files = [f for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_TYPES]
+        files = [f for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_TYPES and f.name[0] != "."]
         missing = [f for f in files if not (masks / f"{f.stem}.png").is_file()]
         if missing:
             raise FileNotFoundError(f"site '{site.name}': {missing[0]} has no mask {masks / missing[0].stem}.png "

@@ -73,7 +73,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.set_defaults(rounds=100, local_epochs=1, batch_size=5, lr=1e-3, alpha=0.1)
         args = parser.parse_args(argv)
     for name in ("size", "sites", "rounds", "local_epochs", "batch_size", "lr", "width", "depth"):
-        if getattr(args, name) <= 0:
+        if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
     if not 0 <= args.alpha <= 1:
         parser.error(f"--alpha must lie in [0, 1], not {args.alpha}")
@@ -83,6 +83,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error(f"--images-per-site must be at least 4, not {args.images_per_site}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU; use --device cpu")
+    if args.mask_values and len(set(args.mask_values)) < len(args.mask_values):
+        parser.error("--mask-values must be different numbers, one a class")
     if args.mask_values and not args.root:
         parser.error("--mask-values goes with --root")
     if args.device == "auto":
@@ -318,7 +320,7 @@ def draw_routing(layers: list[str], weights: Tensor, experts: list[str], path: P
 def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     args = parse_arguments(argv)
-    out = Path(args.out or f"runs/{Path(args.root).name if args.root else args.task}")
+    out = Path(args.out or f"runs/{Path(args.root).resolve().name if args.root else args.task}").resolve()
     unfinished = out.with_name(out.name + ".unfinished")  # takes the place of `out` when all is done
     seconds = {"data": 0.0, "federation": 0.0, "evaluation": 0.0, "outside": 0.0, "pictures": 0.0}
     try:
@@ -328,14 +330,14 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"{out} exists; {way_out}")
         sites = load_sites(args, args.seeds[0])[0]
         chosen = hold_outs(args.hold_out, [site.name for site in sites])
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     seconds["data"] = time.perf_counter() - begin
     torch.backends.cudnn.deterministic = True
-    shutil.rmtree(unfinished, ignore_errors=True)
     try:
-        unfinished.mkdir(parents=True)
         draw_hospitals(sites, unfinished / "hospitals.png")
         rows = [row for seed in args.seeds for hold_out in chosen for row in
                 run(args, seed, hold_out, unfinished / f"seed{seed}-{hold_out or 'all-inside'}", seconds)]
