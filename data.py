@@ -141,7 +141,7 @@ def hospital_table(task: str, sites: int = 6) -> dict:
     for number in range(len(HOSPITALS[task]) + 1, sites + 1):
         rng = _generator(0, task, f"site{number:02d}")
         values = rng.uniform(columns.min(axis=0), columns.max(axis=0))
-        table[f"site{number:02d}"] = type(HOSPITALS[task]["Alder" if task == "prostate" else "Crane"])(*values)
+        table[f"site{number:02d}"] = type(table[next(iter(table))])(*values)
     return table
 
 

@@ -121,10 +121,16 @@ def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
     return chosen
 
 
+def routing_settings(args: argparse.Namespace) -> router.RoutingSettings:
+    return router.AUTHORS if args.authors else router.RoutingSettings()
+
+
 # ---------------------------------------------------------------- one federation and its outside hospital
-def run(args: argparse.Namespace, seed: int, hold_out: str | None, folder: Path, seconds: dict) -> list[dict]:
-    """Train, personalise, adapt; save models and pictures in `folder`; return the rows of results.json."""
-    sites, channels, classes, structures = load_sites(args, seed)
+def run(args: argparse.Namespace, seed: int, hold_out: str | None, loaded: tuple, folder: Path,
+        seconds: dict) -> list[dict]:
+    """Train, personalise, adapt on what `load_sites` gave; save models and pictures in `folder`; return the rows
+    of results.json."""
+    sites, channels, classes, structures = loaded
     inside = [site for site in sites if site.name != hold_out]
     model = UNet(channels, classes, args.width, args.depth, torch.Generator().manual_seed(seed))
     model = model.to(args.device, memory_format=torch.channels_last)
@@ -167,8 +173,7 @@ def run(args: argparse.Namespace, seed: int, hold_out: str | None, folder: Path,
         split = site.everything()  # no label of it was used: every image is a test image
         experts = [*personal, global_model]
         average = iopfl.with_state(model, iopfl.aggregate((m.state_dict() for m in experts), [1] * len(experts)))
-        settings = router.AUTHORS if args.authors else router.RoutingSettings()
-        routed = router.build_routed(experts, settings, torch.Generator().manual_seed(seed))
+        routed = router.build_routed(experts, routing_settings(args), torch.Generator().manual_seed(seed))
         generator = torch.Generator(args.device).manual_seed(seed)
         predictions = {"global": iopfl.predict(global_model, split.images),
                        "average": iopfl.predict(average, split.images),
@@ -328,8 +333,8 @@ def main(argv: list[str] | None = None) -> int:
             way_out = "say --overwrite or another --out" if (out / "results.json").is_file() else (
                 "it holds no run of this script; say another --out")
             raise ValueError(f"{out} exists; {way_out}")
-        sites = load_sites(args, args.seeds[0])[0]
-        chosen = hold_outs(args.hold_out, [site.name for site in sites])
+        loaded = load_sites(args, args.seeds[0])
+        chosen = hold_outs(args.hold_out, [site.name for site in loaded[0]])
         shutil.rmtree(unfinished, ignore_errors=True)
         unfinished.mkdir(parents=True)
     except (ValueError, OSError) as error:
@@ -338,17 +343,22 @@ def main(argv: list[str] | None = None) -> int:
     seconds["data"] = time.perf_counter() - begin
     torch.backends.cudnn.deterministic = True
     try:
-        draw_hospitals(sites, unfinished / "hospitals.png")
-        rows = [row for seed in args.seeds for hold_out in chosen for row in
-                run(args, seed, hold_out, unfinished / f"seed{seed}-{hold_out or 'all-inside'}", seconds)]
+        draw_hospitals(loaded[0], unfinished / "hospitals.png")
+        rows = []
+        for seed in args.seeds:
+            if seed != args.seeds[0]:
+                start = time.perf_counter()
+                loaded = load_sites(args, seed)
+                seconds["data"] += time.perf_counter() - start
+            for hold_out in chosen:
+                rows += run(args, seed, hold_out, loaded, unfinished / f"seed{seed}-{hold_out or 'all-inside'}", seconds)
         seconds["total"] = time.perf_counter() - begin
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
         environment = {"python": sys.version.split()[0], "torch": torch.__version__, "device": args.device,
                        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
                        "threads": torch.get_num_threads(), "peak_memory_mib": round(peak)}
-        settings = router.AUTHORS if args.authors else router.RoutingSettings()
         (unfinished / "results.json").write_text(json.dumps(
-            {"config": {**vars(args), "routing": asdict(settings)}, "environment": environment,
+            {"config": {**vars(args), "routing": asdict(routing_settings(args))}, "environment": environment,
              "seconds": {name: round(value, 1) for name, value in seconds.items()}, "rows": rows}, indent=1))
         if out.exists():
             shutil.rmtree(out)
