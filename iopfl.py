@@ -1,4 +1,4 @@
-"""Inside the federation: local training, aggregation, personalised models, and evaluation (M1, M2, M9).
+"""Inside the federation: local training, aggregation, own models of the clients, and evaluation (M1, M2, M9).
 
 Imports torch and numpy only; a client is any object with `images`, `masks` and `cases`.
 The numbers M1 … M9 are those of README.md.
@@ -7,6 +7,7 @@ The numbers M1 … M9 are those of README.md.
 import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -30,15 +31,18 @@ def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tens
 
 
 def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int = 1, batch_size: int = 5,
-                lr: float = 1e-3, generator: torch.Generator) -> float:
-    """Train `model` in place on one client's images (M1) and return the mean loss of the last epoch.
+                lr: float = 1e-3, proximal: float = 0.0, anchor: State | None = None,
+                generator: torch.Generator) -> float:
+    """Train `model` in place on one client's images (M1) and return the mean Dice loss of the last epoch.
 
     images: (N, C, H, W); masks: (N, H, W) class indices. generator (CPU) draws the order of the images.
+    proximal: μ of the term μ/2 · ‖w - anchor‖² over the parameters; anchor: by default the weights at the call.
     The optimiser is new at each call: its moments belong to the weights that went away.
     Source: published code (Adam with amsgrad, no weight decay, no augmentation).
     """
     model.train()
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
+    anchor = snapshot(model) if anchor is None and proximal else anchor
     for _ in range(epochs):
         order = torch.randperm(len(images), generator=generator).to(images.device)
         # Batches of nearly equal size: a last batch of one image would upset BatchNorm.
@@ -46,10 +50,13 @@ def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int 
         losses = []
         for batch in batches:
             loss = soft_dice_loss(model(images[batch]), masks[batch])
+            losses.append(loss.detach())
+            if proximal:
+                loss = loss + proximal / 2 * sum((value - anchor[name]).square().sum()
+                                                 for name, value in model.named_parameters())
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
-            losses.append(loss.detach())
     return torch.stack(losses).mean().item()
 
 
@@ -112,42 +119,122 @@ def update_personal(personal: State | None, local: State, alpha: float) -> State
             for entry, value in local.items()}
 
 
+# ---------------------------------------------------------------- methods and their one loop
+@dataclass(frozen=True)
+class Method:
+    """A federated method as its answers to a few questions; METHODS holds the usual ones.
+
+    stays: the layers that never leave a client: "none", "batchnorm", "head" (the last layer) or "all".
+    proximal: μ of the term μ/2 · ‖w - g‖² in the training of the model that is shared.
+    alpha: the client's own model accumulates its local models with this α (M2). With None and no own_proximal
+    it is the shared model with the layers that stayed.
+    own_proximal: λ: the client's own model is trained beside the shared one, from where it was, by as many
+    steps, with the term λ/2 · ‖v - g‖².
+    pooled: the images of all clients lie in one place.
+    """
+
+    stays: str = "none"
+    proximal: float = 0.0
+    alpha: float | None = None
+    own_proximal: float | None = None
+    pooled: bool = False
+
+    @property
+    def shared_training(self) -> tuple:
+        """What decides how the shared model comes about; methods that agree here need one federation only."""
+        return self.stays, self.proximal, self.pooled
+
+
+METHODS = {
+    "local": Method(stays="all"),
+    "fedavg": Method(),  # McMahan et al. 2017
+    "fedprox": Method(proximal=0.1),  # Li et al. 2020
+    "fedbn": Method(stays="batchnorm"),  # Li et al. 2021
+    "fedper": Method(stays="head"),  # Arivazhagan et al. 2019
+    "ditto": Method(own_proximal=0.1),  # Li et al. 2021
+    "fedavg-ft": Method(alpha=0.0),  # one epoch of local training from the global model
+    "iopfl": Method(alpha=0.5),
+    "centralised": Method(pooled=True),  # the ceiling: what no federation may do
+}
+
+
+def staying_entries(model: nn.Module, stays: str) -> set[str]:
+    """Names of the state's entries that `Method.stays` means, found by module type and order, not by name."""
+    layers = [(name, module) for name, module in model.named_modules()
+              if [*module.parameters(recurse=False), *module.buffers(recurse=False)]]
+    chosen = {"none": [], "head": layers[-1:], "all": layers,
+              "batchnorm": [pair for pair in layers if isinstance(pair[1], nn.modules.batchnorm._BatchNorm)]}
+    if stays not in chosen:
+        raise ValueError(f"Method: stays must be one of {', '.join(chosen)}, not {stays!r}")
+    return {f"{name}.{entry}".lstrip(".") for name, module in chosen[stays] for entry in module.state_dict()}
+
+
 @dataclass
 class Round:
-    """What is known after a round: the global state g^t, and p_k^t and the training loss by client name."""
+    """What is known after a round.
+
+    global_state: g^t, without the entries that stay with the clients; own: by method and client name the
+    client's own model, whole, for IOP-FL p_k^t; losses: mean training loss of the shared model by client.
+    """
 
     number: int
     global_state: State
-    personal: dict[str, State]
+    own: dict[str, dict[str, State]]
     losses: dict[str, float]
 
 
-def federate(model: nn.Module, clients: dict, rounds: int, *, alpha: float = 0.5, seed: int = 0,
-             epochs: int = 1, batch_size: int = 5, lr: float = 1e-3) -> Iterator[Round]:
-    """Federated averaging with inside personalisation (M1, M2); yields a `Round` after each round.
+def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Method] | None = None, *,
+             seed: int = 0, epochs: int = 1, batch_size: int = 5, lr: float = 1e-3) -> Iterator[Round]:
+    """Federated averaging (M1) with the own models of one or more methods; yields a `Round` after each round.
 
     model: its weights are the start g^0; afterwards it holds some client's weights, so use the states.
     clients: name → training data with `images` (N, C, H, W) and `masks` (N, H, W) on the model's device.
+    methods: name → Method, by default FedAvg and IOP-FL; they ride on one federation without touching it, so
+    they must agree in `shared_training`, else ValueError.
     Each client's order of images comes from a generator of (seed, its position), so the same arguments
     on the same machine give the same states. No state yielded is changed later.
     """
-    generators = [torch.Generator().manual_seed(1000 * seed + position) for position in range(len(clients))]
-    global_state, personal = snapshot(model), {}
-    sizes = [len(client.images) for client in clients.values()]
+    methods = methods or {name: METHODS[name] for name in ("fedavg", "iopfl")}
+    shared, *others = methods.values()
+    if any(other.shared_training != shared.shared_training for other in others):
+        raise ValueError(f"federate: {', '.join(methods)} do not share one training; run them apart")
+    training = clients
+    if shared.pooled:
+        training = {"pooled": SimpleNamespace(images=torch.cat([client.images for client in clients.values()]),
+                                              masks=torch.cat([client.masks for client in clients.values()]))}
+    initial, stays = snapshot(model), staying_entries(model, shared.stays)
+    global_state = {entry: value for entry, value in initial.items() if entry not in stays}
+    stayed = {name: {entry: initial[entry] for entry in stays} for name in training}
+    own: dict[str, dict[str, State]] = {method: {} for method in methods}
+    generators = {(model_of, name): torch.Generator().manual_seed(1000 * seed + position)
+                  for model_of in ("all", *methods) for position, name in enumerate(training)}
+    sizes = [len(client.images) for client in training.values()]
     for number in range(1, rounds + 1):
         losses = {}
 
+        def train(state: State, name: str, model_of: str, **options) -> tuple[State, float]:
+            model.load_state_dict(state)
+            loss = train_local(model, training[name].images, training[name].masks, epochs=epochs, lr=lr,
+                               batch_size=batch_size, generator=generators[model_of, name], **options)
+            return snapshot(model), loss
+
         def local_states(start: State = global_state, losses: dict = losses) -> Iterator[State]:
-            for (name, client), generator in zip(clients.items(), generators):
-                model.load_state_dict(start)
-                losses[name] = train_local(model, client.images, client.masks, epochs=epochs,
-                                           batch_size=batch_size, lr=lr, generator=generator)  # w_k^t
-                local = snapshot(model)
-                personal[name] = update_personal(personal.get(name), local, alpha)  # p_k^t
-                yield local
+            for name in training:
+                local, losses[name] = train({**start, **stayed[name]}, name, "all", proximal=shared.proximal)  # w_k^t
+                stayed[name] = {entry: local[entry] for entry in stays}
+                for label, method in methods.items():
+                    if method.alpha is not None:
+                        own[label][name] = update_personal(own[label].get(name), local, method.alpha)  # p_k^t
+                    elif method.own_proximal is not None:
+                        own[label][name], _ = train(own[label].get(name, initial), name, label,
+                                                    proximal=method.own_proximal, anchor=start)
+                yield {entry: local[entry] for entry in start}
 
         global_state = aggregate(local_states(), sizes)  # g^t
-        yield Round(number, global_state, dict(personal), losses)
+        for label, method in methods.items():
+            if method.alpha is None and method.own_proximal is None:
+                own[label] = {name: {**global_state, **stayed.get(name, {})} for name in clients}
+        yield Round(number, global_state, {label: dict(states) for label, states in own.items()}, losses)
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:

@@ -10,6 +10,7 @@ The numbers M4 … M8 are those of README.md.
 """
 
 import copy
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -23,9 +24,13 @@ class RoutingSettings:
     """How the routed network is built and adapted. The defaults are ours; AUTHORS is the published code."""
 
     activation: str = "softmax"  # of the router: "softmax" (sums to one) or "sigmoid" (does not)
-    start: str = "matched"  # "random", "uniform" average of the experts, or "matched" to the images' statistics
+    per_sample: bool = True  # False: a router sees no image, so that all images are routed alike
+    start: str = "matched"  # "random", "uniform" average, or by the match of the experts' statistics with the
+    # images': "matched" average or the "best" expert alone
     mix_batchnorm: bool = True  # BatchNorm mixed like the kernels; False: the last (global) expert's
-    batch_share: float = 0.25  # BatchNorm's statistics: 0 running, 1 of the batch, between: interpolated
+    statistics: str = "site"  # of BatchNorm: "running", "batch", or "site", measured once on its images (see below)
+    share: float = 1.0  # "batch": of the batch's statistics against the running ones
+    tolerance: float = 0.02  # "site": divergence of a channel at which half of the site's statistics is taken
     entropy: float = 0.0  # λ_ent, weight of M8
     consistency: float = 1.0  # λ_con, weight of M6
     shape: float = 0.1  # λ_shape, weight of M7
@@ -35,21 +40,23 @@ class RoutingSettings:
     passes: int = 3  # over the images, offline
     batch_size: int = 5
     dropout: float = 0.2  # inside the routers, while adapting
+    leash: float = 0.03  # relative change of a class's area that adaptation may bring; inf: any
 
     def __post_init__(self) -> None:
-        for name, allowed in (("activation", ("softmax", "sigmoid")), ("start", ("random", "uniform", "matched"))):
+        for name, allowed in (("activation", ("softmax", "sigmoid")), ("start", ("random", "uniform", "matched", "best")),
+                              ("statistics", ("running", "batch", "site"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"RoutingSettings: {name} must be one of {', '.join(allowed)}, "
                                  f"not {getattr(self, name)!r}")
-        if not 0 <= self.batch_share <= 1:
-            raise ValueError(f"RoutingSettings: batch_share must lie in [0, 1], not {self.batch_share}")
+        if not 0 <= self.share <= 1:
+            raise ValueError(f"RoutingSettings: share must lie in [0, 1], not {self.share}")
 
 
 # The published code's choices in the terms above. Its entropy is summed over a batch of 5 and weighted by 10,
 # which is 25 times M8's mean; its shape term, the 2-norm of 10⁻⁶ · M7, has about the gradient of 0.004 times
 # M7's mean at 384 × 384.
-AUTHORS = RoutingSettings(activation="sigmoid", start="random", mix_batchnorm=False, batch_share=1.0,
-                          entropy=25.0, consistency=0.1, shape=0.004, lr=1e-3, passes=10)
+AUTHORS = RoutingSettings(activation="sigmoid", start="random", mix_batchnorm=False, statistics="batch",
+                          entropy=25.0, consistency=0.1, shape=0.004, lr=1e-3, passes=10, leash=float("inf"))
 
 
 # ---------------------------------------------------------------- the routed network (M4, M5)
@@ -78,7 +85,7 @@ class Router(nn.Module):
             bound = layer.in_features**-0.5
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
-        self.activation, self.dropout = settings.activation, settings.dropout
+        self.activation, self.dropout, self.per_sample = settings.activation, settings.dropout, settings.per_sample
         self.fixed: Tensor | None = None
         self.generator: torch.Generator | None = None
 
@@ -87,6 +94,8 @@ class Router(nn.Module):
         if self.fixed is not None:
             return self.fixed.expand(len(x), -1)
         hidden = self.fc1(x.mean(dim=(2, 3)))  # (N, 2C)
+        if not self.per_sample:
+            hidden = torch.zeros_like(hidden)
         if self.training and self.dropout:
             kept = torch.rand(hidden.shape, generator=self.generator, device=hidden.device) >= self.dropout
             hidden = hidden * kept / (1 - self.dropout)
@@ -96,7 +105,7 @@ class Router(nn.Module):
     @torch.no_grad()
     def start_at(self, weights: Tensor) -> None:
         """Give every input the routing weights (M,), which sum to one, until training moves on."""
-        weights = weights.clamp(1e-4, 1 - 1e-4)
+        weights = weights.clamp(1e-6, 1 - 1e-6)
         self.fc2.weight.zero_()
         self.fc2.bias.copy_(weights.log() if self.activation == "softmax" else weights.logit())
 
@@ -143,8 +152,10 @@ class RoutedBatchNorm2d(nn.Module):
     """BatchNorm of M experts: statistics and affine mixed by the weights of the last routed convolution.
 
     With `mix` off, those of the last expert. `delta_weight` and `delta_bias` (C,) are what adaptation adds
-    to the affine. Statistics: (1-s) · running + s · batch, s = batch_share; train and eval mode do not matter.
-    Source: published code (last expert, s = 1); mixing and interpolation: ours.
+    to the affine. Statistics: (1-s) · running + s · own; train and eval mode do not matter. Own are those of the
+    batch, with one s for all channels, or those of the site, which `measure_site` counts up, with
+    s = KL² / (KL² + tolerance²), KL(site ‖ running) of two Gaussians, channel by channel: what looks as it did in
+    the federation is left alone. Source: published code (last expert, batch, s = 1); the rest: ours.
     """
 
     def __init__(self, experts: list[nn.BatchNorm2d], trace: Trace, settings: RoutingSettings):
@@ -157,8 +168,12 @@ class RoutedBatchNorm2d(nn.Module):
             self.delta_weight = nn.Parameter(torch.zeros_like(norm.weight))
             self.delta_bias = nn.Parameter(torch.zeros_like(norm.bias))
         self.affine, self.eps, self.experts, self.trace = norm.affine, norm.eps, len(experts), trace
-        self.mix = settings.mix_batchnorm
-        self.batch_share = settings.batch_share if norm.track_running_stats else 1.0
+        self.mix, self.settings, self.measuring = settings.mix_batchnorm, settings, False
+        self.statistics = settings.statistics
+        if norm.track_running_stats:
+            self.register_buffer("site_mean", torch.zeros_like(norm.running_mean))
+            self.register_buffer("site_square", torch.zeros_like(norm.running_var))
+            self.register_buffer("site_images", torch.zeros((), dtype=torch.long))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the same shape."""
@@ -166,13 +181,22 @@ class RoutedBatchNorm2d(nn.Module):
             routing = self.trace.latest / self.trace.latest.sum(dim=1, keepdim=True)  # (N, M)
         else:
             routing = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts).to(x)  # (1, M)
-        mean = variance = 0.0
-        if self.batch_share > 0:
-            mean = self.batch_share * x.mean(dim=(0, 2, 3))  # (C,)
-            variance = self.batch_share * x.var(dim=(0, 2, 3), correction=0)
-        if self.batch_share < 1:
-            mean = mean + (1 - self.batch_share) * (routing @ self.running_mean)  # (N or 1, C)
-            variance = variance + (1 - self.batch_share) * (routing @ self.running_var)
+        if self.measuring:
+            self._measure(x.detach())
+        if self.running_mean is None:
+            mean, variance = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)  # (C,)
+        else:
+            mean, variance = routing @ self.running_mean, routing @ self.running_var  # (N or 1, C)
+            if self.statistics == "batch":
+                share = self.settings.share
+                mean = (1 - share) * mean + share * x.mean(dim=(0, 2, 3))
+                variance = (1 - share) * variance + share * x.var(dim=(0, 2, 3), correction=0)
+            elif self.statistics == "site" and self.site_images > 0:
+                own = self.site_mean, self.site_square - self.site_mean.square()
+                divergence = gaussian_divergence(*own, mean.detach().mean(dim=0), variance.detach().mean(dim=0), self.eps)
+                square = divergence.square()
+                share = square / (square + self.settings.tolerance**2).clamp_min(1e-12)  # (C,)
+                mean, variance = mean.lerp(own[0], share), variance.lerp(own[1], share)
         scale = (variance + self.eps).rsqrt()
         shift = -mean * scale
         if self.affine:
@@ -181,6 +205,12 @@ class RoutedBatchNorm2d(nn.Module):
         scale, shift = (v.expand(len(x), -1)[:, :, None, None] for v in (scale, shift))
         return x * scale + shift
 
+    def _measure(self, x: Tensor) -> None:
+        self.site_images += len(x)
+        step = len(x) / self.site_images
+        self.site_mean.lerp_(x.mean(dim=(0, 2, 3)), step)
+        self.site_square.lerp_(x.square().mean(dim=(0, 2, 3)), step)
+
 
 class RoutedNetwork(nn.Module):
     """M frozen networks as one, mixed layer by layer and image by image; made by `build_routed`."""
@@ -188,10 +218,10 @@ class RoutedNetwork(nn.Module):
     def __init__(self, network: nn.Module, trace: Trace, experts: int, settings: RoutingSettings):
         super().__init__()
         self.network, self.trace, self.experts, self.settings = network, trace, experts, settings
-        self.register_buffer("matched", torch.tensor(False))
         if settings.start != "random":
             self.start_at(torch.full((experts,), 1 / experts))
-        self._start = {name: value.detach().clone() for name, value in self.named_parameters()}
+        self._built = {name: value.detach().clone() for name, value in self.named_parameters()}
+        self.start: dict[str, Tensor] | None = None  # the parameters before the first step
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C_in, H, W) → what the networks return, usually logits (N, C, H, W)."""
@@ -219,8 +249,11 @@ class RoutedNetwork(nn.Module):
     def reset(self) -> None:
         """Back to the network as built, before any adaptation."""
         for name, parameter in self.named_parameters():
-            parameter.copy_(self._start[name])
-        self.matched.fill_(False)
+            parameter.copy_(self._built[name])
+        for norm in self.modules():
+            if isinstance(norm, RoutedBatchNorm2d) and norm.running_mean is not None:
+                norm.site_images.zero_()
+        self.start = None
 
 
 def build_routed(models: list[nn.Module], settings: RoutingSettings | None = None,
@@ -271,16 +304,16 @@ def fixed_routing(routed: RoutedNetwork, weights: Tensor):
     """Within this context the network is the mixture by the given weights (M,): for every image and layer,
     BatchNorm with its running statistics included. One-hot weights give an expert as it was trained."""
     norms = [module for module in routed.modules() if isinstance(module, RoutedBatchNorm2d)]
-    before = [(norm.mix, norm.batch_share) for norm in norms]
+    before = [(norm.mix, norm.statistics) for norm in norms]
     for norm in norms:
-        norm.mix, norm.batch_share = True, 0.0 if norm.running_mean is not None else 1.0
+        norm.mix, norm.statistics = True, "running"
     for router in routed.routers():
         router.fixed = weights.to(router.fc2.weight)
     try:
         yield
     finally:
-        for norm, (mix, batch_share) in zip(norms, before):
-            norm.mix, norm.batch_share = mix, batch_share
+        for norm, (mix, statistics) in zip(norms, before):
+            norm.mix, norm.statistics = mix, statistics
         for router in routed.routers():
             router.fixed = None
 
@@ -327,20 +360,48 @@ def entropy_loss(probabilities: Tensor) -> Tensor:
     return -torch.xlogy(probabilities, probabilities.clamp_min(1e-12)).sum(dim=1).mean() / torch.tensor(classes).log()
 
 
-def adaptation_loss(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> Tensor:
-    """L = λ_ent L_ent + λ_con L_con + λ_shape L_shape of a batch (N, C_in, H, W); noise and views are drawn."""
+def adaptation_loss(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """L = λ_ent L_ent + λ_con L_con + λ_shape L_shape of a batch (N, C_in, H, W), and its probabilities
+    (N, C, H, W); noise and views are drawn."""
     settings = routed.settings
     probabilities = routed(images).softmax(dim=1)
-    views = draw_views(images, generator)
-    noise = settings.noise * torch.randn(images.shape, generator=generator, device=images.device)
-    of_view = routed(view(images + noise, views)).softmax(dim=1)
-    radius = max(1, round(settings.radius * min(images.shape[-2:])))
-    return (settings.entropy * entropy_loss(probabilities)
-            + settings.consistency * consistency_loss(probabilities, of_view, views)
-            + settings.shape * shape_constraint(probabilities, radius))
+    loss = probabilities.new_zeros(())
+    if settings.entropy:
+        loss = loss + settings.entropy * entropy_loss(probabilities)
+    if settings.consistency:
+        views = draw_views(images, generator)
+        noise = settings.noise * torch.randn(images.shape, generator=generator, device=images.device)
+        of_view = routed(view(images + noise, views)).softmax(dim=1)
+        loss = loss + settings.consistency * consistency_loss(probabilities, of_view, views)
+    if settings.shape:
+        radius = max(1, round(settings.radius * min(images.shape[-2:])))
+        loss = loss + settings.shape * shape_constraint(probabilities, radius)
+    return loss, probabilities.detach()
 
 
 # ---------------------------------------------------------------- adaptation
+def gaussian_divergence(mean: Tensor, variance: Tensor, own_mean: Tensor, own_variance: Tensor, eps: float) -> Tensor:
+    """KL(N(mean, variance) ‖ N(own_mean, own_variance)) of each channel, at least 0; eps is added to variances."""
+    ratio = (variance + eps) / (own_variance + eps)
+    return (ratio + (mean - own_mean).square() / (own_variance + eps) - 1 - ratio.log()) / 2
+
+
+@torch.no_grad()
+def measure_site(routed: RoutedNetwork, images: Tensor) -> None:
+    """Let every BatchNorm count the images (N, C_in, H, W) into the site's statistics. All go through in one batch,
+    since each layer's inputs depend on the statistics of the layers before."""
+    norms = [m for m in routed.modules() if isinstance(m, RoutedBatchNorm2d) and m.running_mean is not None]
+    if routed.settings.statistics != "site":
+        return
+    for norm in norms:
+        norm.measuring = True
+    try:
+        routed(images)
+    finally:
+        for norm in norms:
+            norm.measuring = False
+
+
 @torch.no_grad()
 def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
     """How well each expert's BatchNorm statistics fit the images: divergence (M,), at least 0, small is good.
@@ -369,10 +430,8 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
             layers = []
             for norm in norms:
                 mean, square = sums[norm] / len(images)
-                variance = (square - mean.square()).clamp_min(0) + norm.eps
-                own_mean, own_variance = norm.running_mean[expert], norm.running_var[expert] + norm.eps
-                layers.append(((variance + (mean - own_mean).square()) / own_variance - 1
-                               - (variance / own_variance).log()).mean() / 2)
+                layers.append(gaussian_divergence(mean, (square - mean.square()).clamp_min(0), norm.running_mean[expert],
+                                                  norm.running_var[expert], norm.eps).mean())
             divergences.append(torch.stack(layers).mean())
     finally:
         for handle in handles:
@@ -381,43 +440,75 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
 
 
 def matched_weights(divergence: Tensor) -> Tensor:
-    """Routing weights (M,) ∝ exp(-divergence / its standard deviation over the experts). Ours."""
-    return torch.softmax(-divergence / divergence.std(correction=0).clamp_min(1e-12), dim=0)
+    """Routing weights (M,) ∝ exp(-divergence / its standard deviation over the experts), the deviation being at
+    least 0.05: smaller differences are not worth telling apart. Ours."""
+    return torch.softmax(-divergence / divergence.std(correction=0).clamp_min(0.05), dim=0)
 
 
-def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, online: bool = False) -> Tensor:
+def prepare(routed: RoutedNetwork, images: Tensor) -> None:
+    """Before the first step: the start by `settings.start`, then the site's statistics."""
+    if routed.settings.start in ("matched", "best"):
+        divergence = match_statistics(routed, images)
+        routed.start_at(matched_weights(divergence) if routed.settings.start == "matched" else
+                        F.one_hot(divergence.argmin(), routed.experts))
+    routed.start = {name: value.detach().clone() for name, value in routed.named_parameters()}
+    # At most 64 images, spread over the site, since neighbours may be slices of one patient.
+    measure_site(routed, images[torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()])
+
+
+def step(routed: RoutedNetwork, optimiser: torch.optim.Optimizer, images: Tensor, generator: torch.Generator) -> None:
+    """One step on a batch of images (N, C_in, H, W), kept on a leash.
+
+    Every term of the objective is least for an empty mask, and no image says how generously its annotator draws.
+    So the areas of the classes are compared with those that the start gives for the same images; where one has
+    changed by more than `settings.leash`, all parameters go half of the way back to the start. Leash: ours.
+    """
+    for r in routed.routers():
+        r.train().generator = generator  # dropout on; `predict` turns it off
+    loss, probabilities = adaptation_loss(routed, images, generator)
+    optimiser.zero_grad()
+    loss.backward()
+    optimiser.step()
+    if routed.settings.leash < float("inf"):
+        with torch.no_grad():
+            at_start = torch.func.functional_call(routed, routed.start, (images,)).softmax(dim=1)
+            area, start_area = (p[:, 1:].mean(dim=(0, 2, 3)) for p in (probabilities, at_start))  # (C-1,)
+            if ((area - start_area).abs() > routed.settings.leash * start_area).any():
+                for name, value in routed.named_parameters():
+                    value.lerp_(routed.start[name], 0.5)
+
+
+def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, online: bool = False,
+          after_pass: Callable[[int], None] = lambda number: None) -> Tensor:
     """Tune routers and BatchNorm affine on unlabelled images, in place; return probabilities (N, C, H, W).
 
     images: (N, C_in, H, W) of one site, on the network's device, as must be the generator, which draws order,
     noise, views and dropout. The experts are never changed. Everything else is in `routed.settings`.
-    offline: `passes` over all images in random order, then they are predicted.
-    online: in the given order each batch is used for one step, then predicted; call again to go on.
-    A first call with start "matched" sets out from `match_statistics` of all images (online: first batch).
+    offline: `passes` over all images in random order, then they are predicted; after_pass: called with 0 before the
+    first pass and with its number after each.
+    online: in the given order each batch is counted into the site's statistics, used for one step and predicted;
+    call again to go on. Start and statistics come from all images, or online from the batches so far.
     """
     settings = routed.settings
     routed.eval()  # dropout of the networks' own stays off throughout
-    if settings.start == "matched" and not routed.matched:
-        seen = images[:settings.batch_size] if online else images
-        routed.start_at(matched_weights(match_statistics(routed, seen)))
-        routed.matched.fill_(True)
+    batches = images.split(settings.batch_size)
+    first = routed.start is None
+    if first:
+        prepare(routed, batches[0] if online else images)
     optimiser = torch.optim.Adam(routed.adaptable_parameters(), lr=settings.lr)
-
-    def step(batch: Tensor) -> None:
-        for router in routed.routers():
-            router.train().generator = generator  # dropout on; `predict` turns it off
-        optimiser.zero_grad()
-        adaptation_loss(routed, batch, generator).backward()
-        optimiser.step()
-
     if online:
         predictions = []
-        for batch in images.split(settings.batch_size):
-            step(batch)
+        for number, batch in enumerate(batches):
+            if number or not first:
+                measure_site(routed, batch)
+            step(routed, optimiser, batch, generator)
             predictions.append(predict(routed, batch))
         return torch.cat(predictions)
-    for _ in range(settings.passes):
+    after_pass(0)
+    for number in range(1, settings.passes + 1):
         for indices in torch.randperm(len(images), generator=generator, device=images.device).split(settings.batch_size):
-            step(images[indices])
+            step(routed, optimiser, images[indices], generator)
+        after_pass(number)
     return predict(routed, images)
 
 

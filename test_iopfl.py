@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import math
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -144,7 +145,7 @@ def test_personal_model_is_the_sum_of_global_and_local_updates():
     alpha, rounds, clients = 0.3, 4, toy_clients(2, dtype=torch.float64)
     model = UNet(1, 2, width=2, depth=1, generator=seeded()).double()
     start = iopfl.snapshot(model)
-    history = list(iopfl.federate(model, clients, rounds, alpha=alpha, seed=3, lr=1e-2))
+    history = list(iopfl.federate(model, clients, rounds, {"own": iopfl.Method(alpha=alpha)}, seed=3, lr=1e-2))
     globals_ = [start, *(r.global_state for r in history)]
     for position, (name, client) in enumerate(clients.items()):
         generator, local_updates = seeded(1000 * 3 + position), []
@@ -153,7 +154,7 @@ def test_personal_model_is_the_sum_of_global_and_local_updates():
             iopfl.train_local(model, client.images, client.masks, lr=1e-2, generator=generator)
             local = iopfl.snapshot(model)
             local_updates.append({e: local[e] - globals_[t - 1][e] for e in local})
-        for entry, value in history[-1].personal[name].items():
+        for entry, value in history[-1].own["own"][name].items():
             if not value.is_floating_point():
                 continue
             expected = start[entry].clone()
@@ -169,23 +170,117 @@ def test_a_federation_of_one_is_local_training():
     clients = toy_clients(1)
     model = UNet(1, 2, 2, 1, seeded())
     twin, generator = copy.deepcopy(model), seeded(0)
-    last = list(iopfl.federate(model, clients, 2, alpha=0.0, batch_size=2))[-1]
+    last = list(iopfl.federate(model, clients, 2, {"own": iopfl.Method(alpha=0.0)}, batch_size=2))[-1]
     for _ in range(2):
         iopfl.train_local(twin, clients["client0"].images, clients["client0"].masks, batch_size=2, generator=generator)
     for entry, value in twin.state_dict().items():
-        assert torch.equal(last.global_state[entry], value) and torch.equal(last.personal["client0"][entry], value)
+        assert torch.equal(last.global_state[entry], value) and torch.equal(last.own["own"]["client0"][entry], value)
 
 
 def test_no_two_states_share_memory_and_none_changes_later():
     model = UNet(1, 2, 2, 1, seeded())
     kept, copies = [], []
     for state in iopfl.federate(model, toy_clients(3), 3):
-        kept += [state.global_state, *state.personal.values()]
+        kept += [state.global_state, *state.own["iopfl"].values()]
         copies += [copy.deepcopy(s) for s in kept[-4:]]
     pointers = [v.data_ptr() for s in [*kept, model.state_dict()] for v in s.values()]
     assert len(set(pointers)) == len(pointers)
     assert all(torch.equal(k[e], c[e]) for k, c in zip(kept, copies) for e in k)
     assert not torch.equal(kept[0]["head.weight"], kept[-1]["head.weight"])
+
+
+def by_hand(start, clients, rounds, stays=(), proximal=0.0, own_proximal=None, lr=1e-2):
+    """Every method inside once more, slowly and without `iopfl`: client → own state, by method of `stays` and so on."""
+    def train(state, client, order, mu, anchor):
+        model = UNet(1, 2, 2, 1).double().train()
+        model.load_state_dict(state)
+        optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
+        indices = torch.randperm(len(client.images), generator=order)
+        for batch in np.array_split(indices.numpy(), math.ceil(len(indices) / 5)):
+            target = F.one_hot(client.masks[batch], 2).movedim(-1, 1)
+            probabilities = model(client.images[batch]).softmax(1)
+            loss = 1.0
+            for c in range(2):
+                p, t = probabilities[:, c], target[:, c]
+                loss = loss - (2 * (p * t).sum() + 1e-5) / (p.sum() + t.sum() + 1e-5) / 2
+            for name, value in model.named_parameters():
+                loss = loss + mu / 2 * ((value - anchor[name]) ** 2).sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return copy.deepcopy(model.state_dict())
+
+    shared, kept, own = start, {name: start for name in clients}, {name: start for name in clients}
+    orders = {name: seeded(k) for k, name in enumerate(clients)}
+    own_orders = {name: seeded(k) for k, name in enumerate(clients)}
+    total = sum(len(client.images) for client in clients.values())
+    for _ in range(rounds):
+        for name, client in clients.items():
+            mixed = {e: kept[name][e] if e in stays else shared[e] for e in start}
+            kept[name] = train(mixed, client, orders[name], proximal, mixed)
+            if own_proximal is not None:
+                own[name] = train(own[name], client, own_orders[name], own_proximal, shared)
+        shared = {e: sum(len(c.images) / total * kept[n][e] for n, c in clients.items()) for e in start}
+    if own_proximal is None:
+        own = {name: {e: kept[name][e] if e in stays else shared[e] for e in start} for name in clients}
+    return own
+
+
+BATCHNORMS = [f"{block}.{i}.{entry}" for block in ("encoder.0", "encoder.1", "decoder.0") for i in (1, 4)
+              for entry in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")]
+
+
+@pytest.mark.parametrize("method, options", [
+    (iopfl.METHODS["fedavg"], {}), (iopfl.Method(proximal=0.7), {"proximal": 0.7}),
+    (iopfl.METHODS["fedbn"], {"stays": BATCHNORMS}), (iopfl.METHODS["fedper"], {"stays": ["head.weight", "head.bias"]}),
+    (iopfl.METHODS["local"], {"stays": UNet(1, 2, 2, 1).state_dict()}),
+    (iopfl.Method(own_proximal=0.5), {"own_proximal": 0.5})],
+    ids=["fedavg", "fedprox", "fedbn", "fedper", "local", "ditto"])
+def test_methods_inside_by_hand(method, options):
+    clients = toy_clients(3, dtype=torch.float64)
+    model = UNet(1, 2, 2, 1, seeded()).double()
+    expected = by_hand(iopfl.snapshot(model), clients, 3, **options)
+    *_, last = iopfl.federate(model, clients, 3, {"it": method}, lr=1e-2)
+    assert list(last.own["it"]) == list(clients)
+    for name, own in last.own["it"].items():
+        for entry, value in own.items():
+            if value.is_floating_point():
+                assert torch.allclose(value, expected[name][entry], rtol=0, atol=1e-10), (name, entry)
+    distinct = {own["decoder.0.0.weight"].sum().item() for own in last.own["it"].values()}
+    assert len(distinct) == (3 if method.own_proximal or method.stays == "all" else 1)
+
+
+def test_pooled_training_is_one_client_with_all_images():
+    clients, model = toy_clients(3), UNet(1, 2, 2, 1, seeded())
+    pooled = SimpleNamespace(images=torch.cat([c.images for c in clients.values()]),
+                             masks=torch.cat([c.masks for c in clients.values()]))
+    twin = copy.deepcopy(model)
+    *_, last = iopfl.federate(model, clients, 2, {"it": iopfl.METHODS["centralised"]})
+    *_, alone = iopfl.federate(twin, {"one": pooled}, 2, {"it": iopfl.METHODS["fedavg"]})
+    for own in last.own["it"].values():
+        assert all(torch.equal(own[entry], alone.global_state[entry]) for entry in own)
+
+
+def test_methods_ride_on_one_federation_without_touching_it():
+    riding = {"fedavg": iopfl.METHODS["fedavg"], "iopfl": iopfl.METHODS["iopfl"], "ditto": iopfl.METHODS["ditto"]}
+    *_, alone = iopfl.federate(UNet(1, 2, 2, 1, seeded()), toy_clients(2), 2, {"fedavg": iopfl.METHODS["fedavg"]})
+    *_, together = iopfl.federate(UNet(1, 2, 2, 1, seeded()), toy_clients(2), 2, riding)
+    assert all(torch.equal(alone.global_state[e], together.global_state[e]) for e in alone.global_state)
+    assert list(together.own) == ["fedavg", "iopfl", "ditto"] and list(together.losses) == ["client0", "client1"]
+
+
+def test_what_stays_is_found_by_type():
+    """Whatever the layers are called: BatchNorm without affine too, and the last layer as the head."""
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), nn.BatchNorm2d(2, affine=False), nn.ReLU(), nn.Conv2d(2, 2, 1), nn.ReLU())
+    statistics = {"1.running_mean", "1.running_var", "1.num_batches_tracked"}
+    assert iopfl.staying_entries(model, "none") == set()
+    assert iopfl.staying_entries(model, "batchnorm") == statistics
+    assert iopfl.staying_entries(model, "head") == {"3.weight", "3.bias"}
+    assert iopfl.staying_entries(model, "all") == set(model.state_dict())
+    with pytest.raises(ValueError, match="stays must be one of none, head, all, batchnorm, not 'bn'"):
+        iopfl.staying_entries(model, "bn")
+    with pytest.raises(ValueError, match="fedavg, fedbn do not share one training"):
+        next(iopfl.federate(model, {}, 1, {name: iopfl.METHODS[name] for name in ("fedavg", "fedbn")}))
 
 
 # ---------------------------------------------------------------- evaluation (M9)

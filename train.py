@@ -3,15 +3,24 @@
     python train.py                               simulated prostate MRI, the last hospital held out
     python train.py --task fundus                 simulated fundus photographs
     python train.py --root DIR --hold-out SITE    a folder of real images
+    python train.py --hold-out none --methods all    every hospital inside: IOP-FL against other methods
+    python train.py --hold-out all --methods all     each hospital outside in turn, likewise
+
+A run that was interrupted goes on where it stopped when the same command is given again.
 """
 
 import argparse
+import copy
 import json
+import math
 import resource
 import shutil
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict, dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -22,15 +31,69 @@ from torch import Tensor
 import data
 import iopfl
 import router
+from iopfl import METHODS, Method
 from models import UNet
+from router import AUTHORS, RoutingSettings
+
+
+# ---------------------------------------------------------------- methods and ablations
+@dataclass(frozen=True)
+class Outside:
+    """A method for the hospital outside: its experts, "global", "personal", "all" (both) or "each" (all, every
+    one alone, their probabilities averaged), how they are mixed and adapted, whether online, and whether scored
+    after each pass."""
+
+    experts: str = "all"
+    settings: RoutingSettings = field(default_factory=RoutingSettings)
+    online: bool = False
+    curve: bool = False
+
+
+AS_TRAINED = RoutingSettings(start="uniform", statistics="running", passes=0)  # no step, running statistics
+ROUTING = RoutingSettings()
+OUTSIDE = {
+    "global": Outside("global", AS_TRAINED),
+    "best-inside": Outside("personal", replace(AS_TRAINED, start="best")),
+    "ensemble": Outside("each", AS_TRAINED),
+    "average": Outside("all", AS_TRAINED),
+    "matched": Outside("all", replace(AS_TRAINED, start="matched")),
+    "bn": Outside("global", replace(AS_TRAINED, statistics="site", tolerance=0.0)),
+    # With one expert there is nothing to route: what moves is BatchNorm's affine (Wang et al. 2021).
+    "tent": Outside("global", replace(AS_TRAINED, statistics="batch", entropy=1.0, consistency=0.0, shape=0.0, lr=1e-3,
+                                      passes=1, leash=math.inf)),
+    "routing": Outside(),
+    "routing-authors": Outside(settings=AUTHORS),
+    "oracle": None,  # the ceiling: trained on labels of the hospital outside
+}
+INSIDE_ABLATIONS = {f"alpha={alpha}": Method(alpha=alpha) for alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)}
+OUTSIDE_ABLATIONS = {
+    "no-steps": Outside(settings=replace(ROUTING, passes=0)),
+    "no-shape": Outside(settings=replace(ROUTING, shape=0.0)),  # consistency alone, since entropy is off
+    "no-consistency": Outside(settings=replace(ROUTING, consistency=0.0)),  # shape alone
+    "with-entropy": Outside(settings=replace(ROUTING, entropy=0.1)),
+    "entropy-alone": Outside(settings=replace(ROUTING, entropy=0.1, consistency=0.0, shape=0.0)),
+    "running": Outside(settings=replace(ROUTING, statistics="running")),
+    "batch": Outside(settings=replace(ROUTING, statistics="batch")),
+    "interpolated": Outside(settings=replace(ROUTING, statistics="batch", share=0.25)),
+    "sigmoid": Outside(settings=replace(ROUTING, activation="sigmoid")),
+    "random-start": Outside(settings=replace(ROUTING, start="random")),
+    "uniform-start": Outside(settings=replace(ROUTING, start="uniform")),
+    "matched-start": Outside(settings=replace(ROUTING, start="matched")),
+    "global-only": Outside("global"),
+    "personal-only": Outside("personal"),
+    "site-routing": Outside(settings=replace(ROUTING, per_sample=False)),
+    "online": Outside(online=True),
+    "passes-20": Outside(settings=replace(ROUTING, passes=20), curve=True),
+    "passes-20-free": Outside(settings=replace(ROUTING, passes=20, leash=math.inf), curve=True),  # no leash
+}
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      epilog="What adaptation does at test time: router.RoutingSettings.")
     defaults = {"task": "prostate", "size": 96, "sites": 6, "images_per_site": 60, "seeds": [0], "rounds": 30,
-                "local_epochs": 1, "batch_size": 5, "lr": 1e-3, "alpha": 0.5, "width": 16, "depth": 3,
-                "device": "auto"}
+                "local_epochs": 1, "batch_size": 5, "lr": 1e-3, "alpha": METHODS["iopfl"].alpha, "width": 16, "depth": 3,
+                "methods": ["fedavg", "iopfl", "global", "average", "routing"], "device": "auto"}
 
     def add(group, name, text, **options) -> None:
         default = defaults.get(name[2:].replace("-", "_"))
@@ -53,6 +116,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, "--hold-out", "hospital outside the federation, all (each in turn) or none (default the last)",
         metavar="SITE")
     add(group, "--seeds", "one federation for each seed", type=int, nargs="+", metavar="N")
+    known = [*METHODS, *OUTSIDE, *INSIDE_ABLATIONS, *OUTSIDE_ABLATIONS]
+    add(group, "--methods", f"all, ablations, or some of {', '.join(known)}; all and ablations mean those inside "
+        "where every hospital is inside, else those outside", nargs="+", metavar="M")
     group = parser.add_argument_group("federation")
     add(group, "--rounds", "federated rounds")
     add(group, "--local-epochs", "epochs of local training a round")
@@ -66,8 +132,10 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                             "options given beside it win")
     group = parser.add_argument_group("machine and output")
     add(group, "--device", "where to compute", choices=("auto", "cpu", "cuda"))
+    group.add_argument("--jobs", type=int, metavar="N", help="federations trained side by side, each in a process of "
+                       "its own with its share of the CPU's threads (default one a thread; 1 on a GPU)")
     add(group, "--out", "folder for models, pictures and results.json (default runs/<task>)", metavar="DIR")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that lies in --out")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that lies in --out, finished or not")
     args = parser.parse_args(argv)
     if args.authors:
         parser.set_defaults(rounds=100, local_epochs=1, batch_size=5, lr=1e-3, alpha=0.1)
@@ -75,6 +143,11 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("size", "sites", "rounds", "local_epochs", "batch_size", "lr", "width", "depth"):
         if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+    unknown = set(args.methods) - {"all", "ablations", *known}
+    if unknown:
+        parser.error(f"--methods: {', '.join(sorted(unknown))} unknown; there are all, ablations, {', '.join(known)}")
+    if args.jobs is not None and args.jobs < 1:
+        parser.error(f"--jobs must be at least 1, not {args.jobs}")
     if not 0 <= args.alpha <= 1:
         parser.error(f"--alpha must lie in [0, 1], not {args.alpha}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
@@ -121,73 +194,145 @@ def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
     return chosen
 
 
-def routing_settings(args: argparse.Namespace) -> router.RoutingSettings:
-    return router.AUTHORS if args.authors else router.RoutingSettings()
+def chosen_methods(args: argparse.Namespace, hold_out: str | None) -> tuple[dict[str, Method], dict[str, Outside]]:
+    """The methods inside and outside that --methods means. Routing needs the personalised models, so IOP-FL and
+    FedAvg are always among those inside when there is an outside."""
+    inside, outside = METHODS | INSIDE_ABLATIONS, OUTSIDE | OUTSIDE_ABLATIONS
+    inside["iopfl"] = Method(alpha=args.alpha)
+    if args.authors:
+        outside["routing"] = OUTSIDE["routing-authors"]
+    groups = {"all": METHODS if hold_out is None else OUTSIDE,
+              "ablations": INSIDE_ABLATIONS if hold_out is None else OUTSIDE_ABLATIONS}
+    names = set().union(*(groups.get(name, [name]) for name in args.methods))
+    if hold_out is not None:
+        names |= {"fedavg", "iopfl"}
+    return ({name: method for name, method in inside.items() if name in names},
+            {name: method for name, method in outside.items() if name in names and hold_out is not None})
 
 
 # ---------------------------------------------------------------- one federation and its outside hospital
-def run(args: argparse.Namespace, seed: int, hold_out: str | None, loaded: tuple, folder: Path,
-        seconds: dict) -> list[dict]:
-    """Train, personalise, adapt on what `load_sites` gave; save models and pictures in `folder`; return the rows
-    of results.json."""
-    sites, channels, classes, structures = loaded
+def once(path: Path, work: Callable[[], dict]) -> dict:
+    """What `work` returned, as JSON; kept in `path`, so that a run that goes on need not do it again."""
+    if not path.exists():
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(work()))
+        partial.rename(path)
+    return json.loads(path.read_text())
+
+
+def run(args: argparse.Namespace, seed: int, hold_out: str | None, folder: Path) -> dict:
+    """Everything of one seed and one hospital held out: rows of results.json, mean routing weights, seconds.
+
+    One federation a group of methods inside, then the methods outside. Saves models and pictures in `folder`.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return once(folder / "rows.json", lambda: run_parts(args, seed, hold_out, folder))
+
+
+def run_parts(args: argparse.Namespace, seed: int, hold_out: str | None, folder: Path) -> dict:
+    sites, channels, classes, structures = load_sites(args, seed)
     inside = [site for site in sites if site.name != hold_out]
-    model = UNet(channels, classes, args.width, args.depth, torch.Generator().manual_seed(seed))
-    model = model.to(args.device, memory_format=torch.channels_last)
-    folder.mkdir(parents=True)
-    print(f"\nseed {seed}, {len(inside)} hospitals inside, outside: {hold_out or 'none'}. "
-          f"Validation Dice in %, global / personalised:")
+    inside_methods, outside_methods = chosen_methods(args, hold_out)
 
-    start = time.perf_counter()
-    for state in iopfl.federate(model, {site.name: site.train for site in inside}, args.rounds, alpha=args.alpha,
-                                seed=seed, epochs=args.local_epochs, batch_size=args.batch_size, lr=args.lr):
-        scores = []
-        for site in inside:
-            pair = [score(iopfl.with_state(model, s), site.validation, structures)
-                    for s in (state.global_state, state.personal[site.name])]
-            scores.append(f"{site.name} {100 * pair[0]:.1f}/{100 * pair[1]:.1f}")
-        left = (time.perf_counter() - start) * (args.rounds / state.number - 1)
-        print(f"round {state.number:3d}/{args.rounds}  {'  '.join(scores)}  {left:4.0f} s left", flush=True)
-    seconds["federation"] += time.perf_counter() - start
+    def network() -> torch.nn.Module:
+        model = UNet(channels, classes, args.width, args.depth, torch.Generator().manual_seed(seed))
+        return model.to(args.device, memory_format=torch.channels_last)
 
-    start = time.perf_counter()
-    rows = []
+    def rows(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor) -> list[dict]:
+        return [{"phase": phase, "method": method, "seed": seed, "hold_out": hold_out, "site": site.name, **row}
+                for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing)]
 
-    def report(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor) -> None:
-        for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing):
-            rows.append({"phase": phase, "method": method, "seed": seed, "hold_out": hold_out,
-                         "site": site.name, **row})
+    def federation(methods: dict[str, Method]) -> dict:
+        start = time.perf_counter()
+        model = network()
+        if args.jobs == 1:
+            print(f"\nseed {seed}, outside: {hold_out or 'none'}. Validation Dice in %, {' / '.join(methods)}:")
+        for last in iopfl.federate(model, {site.name: site.train for site in inside}, args.rounds, methods, seed=seed,
+                                   epochs=args.local_epochs, batch_size=args.batch_size, lr=args.lr):
+            if args.jobs == 1:
+                dice = {site.name: [score(iopfl.with_state(model, own[site.name]), site.validation, structures)
+                                    for own in last.own.values()] for site in inside}
+                left = (time.perf_counter() - start) * (args.rounds / last.number - 1)
+                print(f"round {last.number:3d}/{args.rounds}  " + "  ".join(
+                    f"{name} {'/'.join(f'{100 * value:.1f}' for value in values)}" for name, values in dice.items())
+                    + f"  {left:4.0f} s left", flush=True)
+        if "iopfl" in methods:
+            save(folder / "global.pt", last.global_state)
+            for name, state in last.own["iopfl"].items():
+                save(folder / f"personal-{name}.pt", state)
+        found = [row for method, own in last.own.items() for site in inside
+                 for row in rows("inside", method, site, site.test,
+                                 iopfl.predict(iopfl.with_state(model, own[site.name]), site.test.images))]
+        return {"rows": found, "seconds": {"inside": time.perf_counter() - start}}
 
-    global_model = iopfl.with_state(model, state.global_state)
-    personal = [iopfl.with_state(model, state.personal[site.name]) for site in inside]
-    save(folder / "global.pt", state.global_state)
-    for site, own in zip(inside, personal):
-        save(folder / f"personal-{site.name}.pt", own.state_dict())
-        report("inside", "fedavg", site, site.test, iopfl.predict(global_model, site.test.images))
-        report("inside", "iopfl", site, site.test, iopfl.predict(own, site.test.images))
-    seconds["evaluation"] += time.perf_counter() - start
-
-    if hold_out:
+    def outside() -> dict:
         start = time.perf_counter()
         site = next(site for site in sites if site.name == hold_out)
         split = site.everything()  # no label of it was used: every image is a test image
-        experts = [*personal, global_model]
-        average = iopfl.with_state(model, iopfl.aggregate((m.state_dict() for m in experts), [1] * len(experts)))
-        routed = router.build_routed(experts, routing_settings(args), torch.Generator().manual_seed(seed))
-        generator = torch.Generator(args.device).manual_seed(seed)
-        predictions = {"global": iopfl.predict(global_model, split.images),
-                       "average": iopfl.predict(average, split.images),
-                       "routing": router.adapt(routed, split.images, generator=generator).argmax(dim=1)}
-        for method, prediction in predictions.items():
-            report("outside", method, site, split, prediction)
-        save(folder / "adapted.pt", routed.state_dict())
-        seconds["outside"] += time.perf_counter() - start
-        start = time.perf_counter()
-        draw_outside(split, predictions, folder / "outside.png")
-        draw_routing(*router.mean_routing(routed, split.images), [*(s.name for s in inside), "global"],
-                     folder / "routing.png")
-        seconds["pictures"] += time.perf_counter() - start
-    return rows
+        *personal, global_model = (iopfl.with_state(network(), torch.load(folder / f"{file}.pt", weights_only=True))
+                                   for file in [*(f"personal-{own.name}" for own in inside), "global"])
+        experts = {"global": [[global_model]], "personal": [personal], "all": [[*personal, global_model]],
+                   "each": [[model] for model in (*personal, global_model)]}
+        found, predictions, routing = [], {}, {}
+        for name, method in outside_methods.items():
+            if method is None:
+                predictions[name] = oracle(args, global_model, split, seed)
+            else:
+                probabilities = []
+                for models in experts[method.experts]:
+                    routed = router.build_routed(models, method.settings, torch.Generator().manual_seed(seed))
+
+                    def after_pass(number: int, name: str = name, routed: router.RoutedNetwork = routed) -> None:
+                        if outside_methods[name].curve:
+                            prediction = router.predict(routed, split.images).argmax(dim=1)
+                            found.extend({**row, "pass": number} for row in rows("curve", name, site, split, prediction))
+
+                    generator = torch.Generator(args.device).manual_seed(seed)
+                    probabilities.append(router.adapt(routed, split.images, generator=generator, online=method.online,
+                                                      after_pass=after_pass))
+                predictions[name] = torch.stack(probabilities).mean(dim=0).argmax(dim=1)
+            found += rows("outside", name, site, split, predictions[name])
+            if name == "routing":
+                save(folder / "adapted.pt", routed.state_dict())
+                layers, weights = router.mean_routing(routed, split.images)
+                routing = {"layers": layers, "experts": [*(own.name for own in inside), "global"],
+                           "weights": weights.tolist()}
+                draw_heat_map(routing["weights"], layers, routing["experts"], folder / "routing.png")
+        if {"global", "routing"} <= predictions.keys():
+            draw_outside(split, predictions, folder / "outside.png")
+        return {"rows": found, "seconds": {"outside": time.perf_counter() - start}, "routing": routing}
+
+    parts = [once(folder / f"inside-{next(iter(methods))}.json", lambda methods=methods: federation(methods))
+             for methods in same_training(inside_methods)]
+    parts += [outside()] if outside_methods else []
+    seconds = {phase: sum(part["seconds"].get(phase, 0) for part in parts) for phase in ("inside", "outside")}
+    order = [*inside_methods, *outside_methods]
+    return {"seed": seed, "hold_out": hold_out, "seconds": seconds, "routing": parts[-1].get("routing"),
+            "rows": sorted((row for part in parts for row in part["rows"]), key=lambda row: order.index(row["method"]))}
+
+
+def same_training(methods: dict[str, Method]) -> list[dict[str, Method]]:
+    """The methods in groups that need one federation each."""
+    groups: dict[tuple, dict[str, Method]] = {}
+    for name, method in methods.items():
+        groups.setdefault(method.shared_training, {})[name] = method
+    return list(groups.values())
+
+
+def oracle(args: argparse.Namespace, global_model: torch.nn.Module, split: data.Split, seed: int) -> Tensor:
+    """The ceiling: each half of the cases is predicted by the global model trained for ten epochs on the labels
+    of the other half."""
+    cases = list(dict.fromkeys(split.cases))
+    generator = torch.Generator().manual_seed(seed)
+    chosen = {cases[i] for i in torch.randperm(len(cases), generator=generator)[:len(cases) // 2]}
+    first = torch.tensor([case in chosen for case in split.cases], device=split.masks.device)
+    prediction = torch.empty_like(split.masks)
+    for half in (first, ~first):
+        model = copy.deepcopy(global_model)
+        iopfl.train_local(model, split.images[~half], split.masks[~half], epochs=10, batch_size=args.batch_size,
+                          lr=args.lr, generator=generator)
+        prediction[half] = iopfl.predict(model, split.images[half])
+    return prediction
 
 
 def score(model: torch.nn.Module, split: data.Split, structures: dict) -> float:
@@ -223,7 +368,7 @@ def table(rows: list[dict], phase: str, unit: str) -> str:
     if len(structures) > 1:
         groups.append(("mean", structures))
     width = 2 + max(11 if len(seeds) > 1 else 7, *(len(title) for *_, title in columns))
-    lines = [f"{'':22}" + "".join(f"{title:>{width}}" for *_, title in columns)]
+    lines = [f"{'':27}" + "".join(f"{title:>{width}}" for *_, title in columns)]
     for label, group in groups:
         values = {m: [per_seed(key, m, group, chosen) for key, chosen, _ in columns] for m in methods}
         for method in methods:
@@ -235,11 +380,59 @@ def table(rows: list[dict], phase: str, unit: str) -> str:
                 scale, digits = (100, 1) if key == "dice" else (1, 2)
                 spread = f"±{scale * std:.{digits}f}" if len(seeds) > 1 else ""
                 cells.append(f"{scale * mean:.{digits}f}{spread}{'*' if mean == best else ' '}".rjust(width))
-            lines.append(f"{label:11.11}{method:11}" + "".join(cells))
+            lines.append(f"{label:11.11}{method:16}" + "".join(cells))
     missing = sum(row["cases"] - row["distance_cases"] for row in rows)
     if missing:
         lines.append(f"HD95 and ASSD leave out {missing} of {sum(row['cases'] for row in rows)} cases: no mask at all")
     return "\n".join(lines)
+
+
+def report(rows: list[dict], unit: str) -> str:
+    """All tables."""
+    parts = []
+    for phase, images, reference in (("inside", "test images", "iopfl"), ("outside", "all images of the hospital held out", "routing")):
+        methods = {row["method"] for row in rows if row["phase"] == phase}
+        if methods:
+            parts.append(f"{phase.capitalize()}, {images}, Dice in %\n{table(rows, phase, unit)}")
+        if reference in methods and len(methods) > 1:
+            parts.append(compare(rows, phase, reference))
+    for method, values in curves(rows).items():
+        parts.append(f"{method}, mean Dice after pass 0, 1, 2 …:\n" + " ".join(f"{value:.1f}" for value in values))
+    return "\n" + "\n\n".join(parts)
+
+
+def compare(rows: list[dict], phase: str, reference: str) -> str:
+    """The reference against each other method over all pairs (hospital, seed): mean, least and greatest difference
+    in points of Dice, wins, ties (less than 0.1 points apart), losses, and p of the exact two-sided sign test."""
+    dice: dict[str, dict] = {}
+    for row in rows:
+        if row["phase"] == phase:
+            dice.setdefault(row["method"], {}).setdefault((row["site"], row["seed"]), []).append(100 * row["dice"])
+    own = dice.pop(reference)
+    lines = [f"{reference + ' against':22}{'mean':>8}{'least':>8}{'most':>8}{'wins':>7}{'ties':>6}{'losses':>8}{'p':>10}"]
+    for method, values in dice.items():
+        gains = np.array([np.mean(own[pair]) - np.mean(values[pair]) for pair in own])
+        wins, losses = int((gains >= 0.1).sum()), int((gains <= -0.1).sum())
+        lines.append(f"{method:22}{gains.mean():+8.2f}{gains.min():+8.2f}{gains.max():+8.2f}{wins:7}"
+                     f"{len(gains) - wins - losses:6}{losses:8}{sign_test(wins, losses):10.2g}")
+    return "\n".join(lines)
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Two-sided probability of a split at least as uneven if wins and losses were equally likely; ties left out."""
+    count = wins + losses
+    return min(1.0, 2 * sum(math.comb(count, k) for k in range(max(wins, losses), count + 1)) / 2**count)
+
+
+def curves(rows: list[dict]) -> dict[str, list[float]]:
+    """Mean Dice in % over everything after each pass, by method."""
+    result: dict[str, list] = {}
+    for row in rows:
+        if row["phase"] == "curve":
+            passes = result.setdefault(row["method"], [])
+            passes += [[] for _ in range(row["pass"] + 1 - len(passes))]
+            passes[row["pass"]].append(100 * row["dice"])
+    return {method: [float(np.mean(values)) for values in passes] for method, passes in result.items()}
 
 
 # ---------------------------------------------------------------- pictures
@@ -290,87 +483,159 @@ def draw_hospitals(sites: list[data.Site], path: Path) -> None:
 
 
 def draw_outside(split: data.Split, predictions: dict[str, Tensor], path: Path) -> None:
-    """Cases outside from the worst to the best routed one: truth, global and routed contours."""
-    scores = [iopfl.dice((p > 0).cpu().numpy(), (m > 0).cpu().numpy())
-              for p, m in zip(predictions["routing"], split.masks)]
-    order = np.argsort(scores, kind="stable")[np.linspace(0, len(scores) - 1, min(6, len(scores))).astype(int)]
+    """Six images outside, from the greatest loss to the greatest gain by routing: truth, global, routed contours."""
+    dice = np.array([[iopfl.dice((p > 0).cpu().numpy(), (m > 0).cpu().numpy()) for p, m in
+                      zip(predictions[method], split.masks)] for method in ("global", "routing")])
+    gains = dice[1] - dice[0]
+    order = np.argsort(gains, kind="stable")[np.linspace(0, len(gains) - 1, min(6, len(gains))).astype(int)]
     cells, labels = [], []
     for i in order:
         truth = (split.masks[i], GREEN)
         cells.append([picture(split.images[i]), picture(split.images[i], [truth]),
                       picture(split.images[i], [truth, (predictions["global"][i], ORANGE)]),
                       picture(split.images[i], [truth, (predictions["routing"][i], BLUE)])])
-        labels.append(f"Dice {100 * scores[i]:.1f}")
+        labels.append(f"Dice {100 * dice[0, i]:.0f} to {100 * dice[1, i]:.0f}")
     draw_grid(cells, labels, ["image", "truth (green)", "global (orange)", "routed (blue)"], path)
 
 
-def draw_routing(layers: list[str], weights: Tensor, experts: list[str], path: Path) -> None:
-    """Heat map of mean routing weights (layers, experts), scaled to the largest one."""
+def draw_heat_map(values: list[list[float | None]], rows: list[str], columns: list[str], path: Path) -> None:
+    """Numbers on a scale from white to blue, the largest one; None stays grey."""
     width, height, left, top = 74, 20, 150, 26
-    sheet = Image.new("RGB", (left + width * len(experts), top + height * len(layers) + 6), "white")
+    largest = max(value for row in values for value in row if value is not None)
+    sheet = Image.new("RGB", (left + width * len(columns), top + height * len(rows) + 6), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
-    for column, expert in enumerate(experts):
-        draw.text((left + column * width + 4, 6), expert[:11], "black", font)
-    for row, (layer, values) in enumerate(zip(layers, weights.cpu().tolist())):
-        draw.text((6, top + row * height + 3), layer.removeprefix("network.")[:22], "black", font)
-        for column, value in enumerate(values):
-            share = value / max(float(weights.max()), 1e-6)
+    for column, title in enumerate(columns):
+        draw.text((left + column * width + 4, 6), title[:11], "black", font)
+    for row, (label, line) in enumerate(zip(rows, values)):
+        draw.text((6, top + row * height + 3), label[:22], "black", font)
+        for column, value in enumerate(line):
+            share = 0 if value is None else value / max(largest, 1e-6)
             box = (left + column * width, top + row * height, left + (column + 1) * width - 2, top + (row + 1) * height - 2)
-            draw.rectangle(box, fill=(int(255 - 200 * share), int(255 - 130 * share), 255))
-            draw.text((box[0] + 22, box[1] + 2), f"{value:.2f}", "black", font)
+            draw.rectangle(box, fill=(int(255 - 200 * share), int(255 - 130 * share), 255) if value is not None else "lightgrey")
+            if value is not None:
+                draw.text((box[0] + 22, box[1] + 2), f"{value:.2f}", "black", font)
+    sheet.save(path)
+
+
+def draw_routing(routings: list[dict], path: Path) -> None:
+    """What routing chose: for each hospital outside the mean weight of each expert over layers, images and seeds."""
+    outside = list(dict.fromkeys(routing["outside"] for routing in routings))
+    experts = sorted({name for routing in routings for name in routing["experts"]} - {"global"}) + ["global"]
+    values = []
+    for site in outside:
+        means = [dict(zip(r["experts"], np.mean(r["weights"], axis=0).tolist())) for r in routings if r["outside"] == site]
+        values.append([float(np.mean([mean[e] for mean in means])) if e in means[0] else None for e in experts])
+    draw_heat_map(values, [f"outside: {site}" for site in outside], experts, path)
+
+
+def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
+    """Mean Dice over the number of passes, one line a method."""
+    left, top, width, height = 50, 16, 420, 220
+    values = [value for curve in curves.values() for value in curve]
+    low, high = math.floor(min(values)), math.ceil(max(values) + 1e-6)
+    sheet = Image.new("RGB", (left + width + 20, top + height + 40), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+
+    def point(number: float, value: float, last: int) -> tuple[float, float]:
+        return left + width * number / max(last, 1), top + height * (high - value) / (high - low)
+
+    for value in np.linspace(low, high, 5):
+        y = point(0, value, 1)[1]
+        draw.line([(left, y), (left + width, y)], "lightgrey")
+        draw.text((6, y - 8), f"{value:.1f}", "black", font)
+    for number, (name, curve) in enumerate(curves.items()):
+        colour = (BLUE, ORANGE, GREEN)[number % 3]
+        last = len(curve) - 1
+        draw.line([point(n, value, last) for n, value in enumerate(curve)], colour, 3)
+        draw.text((left + 10, top + height - 20 * (number + 1)), name, colour, font)
+    draw.text((left, top + height + 8), "passes: 0", "black", font)
+    draw.text((left + width - 20, top + height + 8), str(last), "black", font)
     sheet.save(path)
 
 
 # ---------------------------------------------------------------- the whole
+def open_folder(out: Path, settings: dict, overwrite: bool) -> Path:
+    """The folder to work in until all is done, `<out>.unfinished`: new, or of a run of the same settings."""
+    is_run = (out / "results.json").is_file()
+    if out.exists() and not (overwrite and is_run):
+        raise ValueError(f"{out} exists; " + ("say --overwrite or another --out" if is_run else
+                                              "it holds no run of this script; say another --out"))
+    folder = out.with_name(out.name + ".unfinished")
+    file = folder / "settings.json"
+    if file.is_file():
+        before = json.loads(file.read_text())
+        different = [name for name in settings if before.get(name) != settings[name]]
+        if different and not overwrite:
+            raise ValueError(f"{folder} holds an unfinished run with another --{different[0].replace('_', '-')}: "
+                             f"{before.get(different[0])}; say --overwrite or another --out")
+        if not different:
+            return folder
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    file.write_text(json.dumps(settings))
+    return folder
+
+
+def run_all(tasks: list[tuple], jobs: int) -> Iterator[dict]:
+    """The results of `run`, in the order in which they come, by `jobs` processes."""
+    if jobs == 1:
+        yield from (run(*task) for task in tasks)
+        return
+    threads = max(1, torch.get_num_threads() // jobs)
+    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        for future in as_completed([pool.submit(run, *task) for task in tasks]):
+            yield future.result()
+
+
 def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     args = parse_arguments(argv)
     out = Path(args.out or f"runs/{Path(args.root).resolve().name if args.root else args.task}").resolve()
-    unfinished = out.with_name(out.name + ".unfinished")  # takes the place of `out` when all is done
-    seconds = {"data": 0.0, "federation": 0.0, "evaluation": 0.0, "outside": 0.0, "pictures": 0.0}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "jobs")}
     try:
-        if out.exists() and not (args.overwrite and (out / "results.json").is_file()):
-            way_out = "say --overwrite or another --out" if (out / "results.json").is_file() else (
-                "it holds no run of this script; say another --out")
-            raise ValueError(f"{out} exists; {way_out}")
-        loaded = load_sites(args, args.seeds[0])
-        chosen = hold_outs(args.hold_out, [site.name for site in loaded[0]])
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        sites, *_ = load_sites(args, args.seeds[0])
+        chosen = hold_outs(args.hold_out, [site.name for site in sites])
+        folder = open_folder(out, json.loads(json.dumps(settings)), args.overwrite)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    seconds["data"] = time.perf_counter() - begin
     torch.backends.cudnn.deterministic = True
-    try:
-        draw_hospitals(loaded[0], unfinished / "hospitals.png")
-        rows = []
-        for seed in args.seeds:
-            if seed != args.seeds[0]:
-                start = time.perf_counter()
-                loaded = load_sites(args, seed)
-                seconds["data"] += time.perf_counter() - start
-            for hold_out in chosen:
-                rows += run(args, seed, hold_out, loaded, unfinished / f"seed{seed}-{hold_out or 'all-inside'}", seconds)
-        seconds["total"] = time.perf_counter() - begin
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if sys.platform != "darwin" else 1024**2)
-        environment = {"python": sys.version.split()[0], "torch": torch.__version__, "device": args.device,
-                       "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-                       "threads": torch.get_num_threads(), "peak_memory_mib": round(peak)}
-        (unfinished / "results.json").write_text(json.dumps(
-            {"config": {**vars(args), "routing": asdict(routing_settings(args))}, "environment": environment,
-             "seconds": {name: round(value, 1) for name, value in seconds.items()}, "rows": rows}, indent=1))
-        if out.exists():
-            shutil.rmtree(out)
-        unfinished.rename(out)
-    except BaseException:
-        shutil.rmtree(unfinished, ignore_errors=True)
-        raise
-    unit = "px" if args.root or args.task == "fundus" else "mm"
-    print(f"\nInside, test images, Dice in %\n{table(rows, 'inside', unit)}")
-    if chosen != [None]:
-        print(f"\nOutside, all images of the hospital held out, Dice in %\n{table(rows, 'outside', unit)}")
-    print(f"\n{seconds['total']:.0f} s, peak memory {peak:.0f} MiB. Models, pictures and results.json: {out}")
+    draw_hospitals(sites, folder / "hospitals.png")
+    tasks = [(args, seed, hold_out, folder / f"seed{seed}-{hold_out or 'all-inside'}")
+             for seed in args.seeds for hold_out in chosen]
+    if args.jobs is None:
+        args.jobs = 1 if args.device == "cuda" else min(len(tasks), torch.get_num_threads())
+    results = []
+    for result in run_all(tasks, args.jobs):
+        results.append(result)
+        if len(tasks) > 1:
+            left = (time.perf_counter() - begin) * (len(tasks) / len(results) - 1)
+            print(f"seed {result['seed']}, outside: {result['hold_out'] or 'none'}: done, {len(results)} of "
+                  f"{len(tasks)}, {left / 60:.0f} min left", flush=True)
+    order = {(seed, hold_out): number for number, (_, seed, hold_out, _) in enumerate(tasks)}
+    results.sort(key=lambda result: order[result["seed"], result["hold_out"]])
+    rows = [row for result in results for row in result["rows"]]
+    seconds = {phase: sum(result["seconds"][phase] for result in results) for phase in ("inside", "outside")}
+    seconds["total"] = time.perf_counter() - begin
+    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    environment = {"python": sys.version.split()[0], "torch": torch.__version__, "device": args.device,
+                   "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+                   "threads": torch.get_num_threads(), "jobs": args.jobs,
+                   "peak_memory_mib": round(peak / (1024 if sys.platform != "darwin" else 1024**2))}
+    (folder / "results.json").write_text(json.dumps(
+        {"config": {**vars(args), "routing": asdict(chosen_methods(args, "")[1]["routing"].settings)},
+         "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
+         "rows": rows}, indent=1))
+    if any(result["routing"] for result in results):
+        draw_routing([{"outside": result["hold_out"], **result["routing"]} for result in results], folder / "routing.png")
+    if curves(rows):
+        draw_curves(curves(rows), folder / "curves.png")
+    if out.exists():
+        shutil.rmtree(out)
+    folder.rename(out)
+    print(report(rows, "px" if args.root or args.task == "fundus" else "mm"))
+    print(f"\n{seconds['total']:.0f} s, peak memory {environment['peak_memory_mib']} MiB a process. "
+          f"Models, pictures and results.json: {out}")
     return 0
 
 
