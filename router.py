@@ -250,9 +250,9 @@ class RoutedNetwork(nn.Module):
         """Back to the network as built, before any adaptation."""
         for name, parameter in self.named_parameters():
             parameter.copy_(self._built[name])
-        for norm in self.modules():
-            if isinstance(norm, RoutedBatchNorm2d) and norm.running_mean is not None:
-                norm.site_images.zero_()
+        for name, buffer in self.named_buffers():
+            if name.rpartition(".")[2].startswith("site_"):
+                buffer.zero_()
         self.start = None
 
 
@@ -440,9 +440,12 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
 
 
 def matched_weights(divergence: Tensor) -> Tensor:
-    """Routing weights (M,) ∝ exp(-divergence / its standard deviation over the experts), the deviation being at
-    least 0.05: smaller differences are not worth telling apart. Ours."""
-    return torch.softmax(-divergence / divergence.std(correction=0).clamp_min(0.05), dim=0)
+    """Routing weights (M,) ∝ c · exp(-divergence / its standard deviation over the experts), the deviation being at
+    least 0.05: smaller differences are not worth telling apart. The last, global expert has seen the images of all
+    others, so it counts c = M - 1 times, the others once. Ours."""
+    weights = torch.exp(-divergence / divergence.std(correction=0).clamp_min(0.05))
+    weights[-1] *= max(len(weights) - 1, 1)
+    return weights / weights.sum()
 
 
 def prepare(routed: RoutedNetwork, images: Tensor) -> None:

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -420,7 +421,7 @@ def foreign_experts(count=3):
 @pytest.mark.parametrize("make, channels", [(experts, 1), (foreign_experts, 2)])
 def test_one_hot_routing_is_that_expert_and_uniform_routing_the_average(make, channels):
     models = make()
-    routed = router.build_routed(models, router.RoutingSettings(batch_share=0.0, start="uniform"))
+    routed = router.build_routed(models, router.RoutingSettings(statistics="running", start="uniform"))
     x = torch.randn(3, channels, 12, 16, generator=seeded(), dtype=torch.float64)
     for model, weights in zip(models, torch.eye(3)):
         with router.fixed_routing(routed, weights):
@@ -447,7 +448,8 @@ def test_batchnorm_statistics_running_interpolated_and_batch(share):
     x = torch.randn(4, 3, 5, 5, generator=seeded()) * 2 + 1
     last = norms[-1][0]
     for mix in (True, False):  # no convolution before it: the last expert's, mixed or not
-        routed = router.build_routed(norms, router.RoutingSettings(batch_share=share, mix_batchnorm=mix))
+        routed = router.build_routed(norms, router.RoutingSettings(statistics="batch", share=share,
+                                                                    mix_batchnorm=mix))
         mean = (1 - share) * last.running_mean + share * x.mean((0, 2, 3))
         var = (1 - share) * last.running_var + share * x.var((0, 2, 3), correction=0)
         assert torch.allclose(routed(x), F.batch_norm(x, mean, var, last.weight, last.bias), atol=1e-5)
@@ -490,7 +492,8 @@ def test_build_routed_refuses(models, message):
 
 @pytest.mark.parametrize("options, message", [({"activation": "relu"}, "activation must be one of softmax, sigmoid"),
                                               ({"start": "zero"}, "start must be one of"),
-                                              ({"batch_share": 2}, r"batch_share must lie in \[0, 1\]")])
+                                              ({"statistics": "mine"}, "statistics must be one of running, batch, site"),
+                                              ({"share": 2}, r"share must lie in \[0, 1\]")])
 def test_settings_refuse(options, message):
     with pytest.raises(ValueError, match=message):
         router.RoutingSettings(**options)
@@ -555,7 +558,7 @@ def test_adapt_moves_routers_and_batchnorm_affine_and_nothing_else(settings, onl
     assert probabilities.shape == (6, 2, 16, 16)
     after = routed.state_dict()
     adaptable = {name for name, _ in routed.named_parameters()}
-    moved = {name for name in after if not torch.equal(after[name], start[name])} - {"matched"}
+    moved = {name for name in after if not torch.equal(after[name], start[name]) and ".site_" not in name}
     assert moved == adaptable and len(adaptable) == 4 * 13 + 2 * 10
     assert any(name.startswith("network.encoder.2") and "router" in name for name in moved)  # the deepest level
     assert {id(p) for p in routed.adaptable_parameters()} == {id(p) for p in routed.parameters()}
@@ -579,11 +582,11 @@ def test_online_predicts_each_batch_after_its_own_step_only():
 
 
 def test_adaptation_lowers_its_loss():
-    routed = router.build_routed(experts(), router.RoutingSettings(lr=1e-2, passes=20, dropout=0.0), seeded())
+    routed = router.build_routed(experts(), router.RoutingSettings(lr=1e-2, passes=20, dropout=0.0, leash=math.inf), seeded())
     x = images(6)
 
     def mean_loss():
-        return np.mean([router.adaptation_loss(routed, x, seeded(s)).item() for s in range(10)])
+        return np.mean([router.adaptation_loss(routed, x, seeded(s))[0].item() for s in range(10)])
 
     before = mean_loss()
     router.adapt(routed, x, generator=seeded())
@@ -622,6 +625,60 @@ def test_divergence_by_hand():
     expected = np.log(2 / var**0.5) + (var + (mean - 1) ** 2) / 8 - 0.5
     routed = router.build_routed([model.eval()], router.RoutingSettings(start="uniform"))
     assert router.match_statistics(routed, x).item() == pytest.approx(expected, abs=1e-4)
+
+
+def test_site_statistics_by_hand():
+    """One BatchNorm: share = KL² / (KL² + tolerance²), channel by channel; counted over batches as over all images."""
+    model = randomise(nn.Sequential(nn.BatchNorm2d(3)), 0).double()
+    norm = model[0]
+    x = torch.randn(6, 3, 5, 5, generator=seeded(), dtype=torch.float64) * torch.tensor([1.0, 3.0, 0.2])[:, None, None]
+    mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
+    ratio = (var + norm.eps) / (norm.running_var + norm.eps)
+    divergence = ((mean - norm.running_mean) ** 2 / (norm.running_var + norm.eps) + ratio - 1 - ratio.log()) / 2
+    share = divergence**2 / (divergence**2 + 0.3**2)
+    assert share.min() < 0.5 < share.max()
+    expected = F.batch_norm(x, (1 - share) * norm.running_mean + share * mean,
+                            (1 - share) * norm.running_var + share * var, norm.weight, norm.bias)
+    routed = router.build_routed([model], router.RoutingSettings(tolerance=0.3))
+    assert torch.allclose(routed(x), model(x), atol=1e-10)  # not measured yet: as trained
+    router.measure_site(routed, x[:2])
+    router.measure_site(routed, x[2:])
+    assert torch.allclose(routed(x), expected, atol=1e-10)
+    assert torch.equal(routed(x[:1]), routed(x)[:1])  # no image depends on its neighbours
+    whole = router.build_routed([model], router.RoutingSettings(tolerance=0.0))
+    router.measure_site(whole, x)
+    assert torch.allclose(whole(x), F.batch_norm(x, mean, var, norm.weight, norm.bias), atol=1e-10)
+
+
+def test_leash_bounds_the_change_of_area():
+    """With the shape term alone at a large step size the mask shrinks without a leash, and not with one."""
+    def area(leash):
+        options = {"consistency": 0.0, "shape": 1.0, "lr": 5e-2, "passes": 15, "dropout": 0.0, "statistics": "running"}
+        routed = router.build_routed(experts(), router.RoutingSettings(leash=leash, **options), seeded())
+        x, areas = images(6), []
+        router.adapt(routed, x, generator=seeded(),
+                     after_pass=lambda number: areas.append(router.predict(routed, x)[:, 1].mean().item()))
+        assert len(areas) == 16
+        return np.array(areas) / areas[0]
+
+    assert np.abs(area(math.inf) - 1).max() > 0.15
+    assert np.abs(area(0.02) - 1).max() < 0.05
+
+
+def test_starts_best_and_site_routing():
+    x = images(5)
+    routed = router.build_routed(experts(), router.RoutingSettings(start="best", statistics="running", passes=0))
+    best = router.match_statistics(routed, x).argmin()
+    expected = experts()[best](x).softmax(dim=1)
+    assert torch.allclose(router.adapt(routed, x, generator=seeded()), expected, atol=1e-3)
+    settings = router.RoutingSettings(start="random", per_sample=False)
+    routed = router.build_routed(experts(), settings, seeded())
+    routed(x)
+    for weights in routed.trace.layers.values():
+        assert torch.equal(weights, weights[:1].expand(5, -1))
+    routed = router.build_routed(experts(), dataclasses.replace(settings, per_sample=True), seeded())
+    routed(x)
+    assert not any(torch.equal(weights, weights[:1].expand(5, -1)) for weights in routed.trace.layers.values())
 
 
 # ---------------------------------------------------------------- data: simulated hospitals and folders
@@ -953,20 +1010,90 @@ def test_existing_folders_and_overwrite(tmp_path, capsys):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["other", "run"]
 
 
-def test_failure_in_the_middle_keeps_the_old_run(tmp_path, monkeypatch):
-    """An error while training removes the unfinished folder and leaves the run to be overwritten as it was."""
-    run = tmp_path / "run"
+def test_a_run_stopped_in_the_middle_keeps_the_old_one_and_goes_on(tmp_path, monkeypatch, capsys):
+    """What was finished is not done again, the rows are those of a run never stopped; other settings are refused."""
+    run, argv = tmp_path / "run", [*TINY, "--seeds", "0", "1", "--hold-out", "all", "--out"]
+    assert train.main([*argv, str(tmp_path / "whole")]) == 0
+    whole = json.loads((tmp_path / "whole" / "results.json").read_text())["rows"]
     run.mkdir()
     (run / "results.json").write_text("keep")
+    calls, adapt, federate = [], router.adapt, iopfl.federate
 
-    def fail(*_, **__):
-        raise RuntimeError("stopped")
+    def fail(*positional, **options):
+        calls.append(positional)
+        if len(calls) == 8:
+            raise RuntimeError("stopped")
+        return adapt(*positional, **options)
 
-    monkeypatch.setattr(train.router, "adapt", fail)
-    with pytest.raises(RuntimeError, match="stopped"):
-        train.main([*TINY, "--out", str(run), "--overwrite"])
-    assert tree(tmp_path) == {"run": None, "run/results.json": b"keep"}
+    with monkeypatch.context() as patch:
+        patch.setattr(train.router, "adapt", fail)
+        with pytest.raises(RuntimeError, match="stopped"):
+            train.main([*argv, str(run), "--overwrite"])
+    assert tree(run) == {"results.json": b"keep"}
+    shutil.rmtree(run)
+    refused(capsys, tmp_path, [*argv, str(run), "--lr", "0.1"], "unfinished", "--lr", "0.001", "--overwrite")
 
+    federations = []
+    with monkeypatch.context() as patch:
+        patch.setattr(train.iopfl, "federate", lambda *a, **o: federations.append(o) or federate(*a, **o))
+        assert train.main([*argv, str(run)]) == 0
+    assert len(federations) == 3  # the third was finished before its outside phase stopped, three are left
+    assert json.loads((run / "results.json").read_text())["rows"] == whole
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["run", "whole"]
+
+
+def test_processes_side_by_side_give_the_same_rows(tmp_path):
+    argv = [*TINY, "--seeds", "0", "1", "--hold-out", "none", "--methods", "all"]
+    for jobs in ("1", "2"):
+        assert train.main([*argv, "--jobs", jobs, "--out", str(tmp_path / jobs)]) == 0
+    one, two = (json.loads((tmp_path / jobs / "results.json").read_text())["rows"] for jobs in ("1", "2"))
+    assert one == two and {row["method"] for row in one} == set(iopfl.METHODS)
+
+
+def test_every_method_outside_runs(tmp_path):
+    """All alternatives and ablations; those that take no step agree with the models they stand for."""
+    argv = [*TINY, "--rounds", "3", "--size", "24", "--width", "4", "--lr", "1e-2", "--methods", "all", "ablations"]
+    assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
+    outside = [row for row in rows if row["phase"] == "outside"]
+    assert [row["method"] for row in outside] == [*train.OUTSIDE, *train.OUTSIDE_ABLATIONS]
+    curve = [(row["method"], row["pass"]) for row in rows if row["phase"] == "curve"]
+    assert curve == [(m, n) for m, o in train.OUTSIDE_ABLATIONS.items() if o.curve for n in range(21)]
+    folder = tmp_path / "run" / "seed0-Cedar"
+    site = data.simulate_sites("prostate", 0, 24, 6, 3)[2].everything()
+    models = [iopfl.with_state(UNet(1, 2, 4, 1), torch.load(folder / f"{name}.pt", weights_only=True))
+              for name in ("personal-Alder", "personal-Birch", "global")]
+    average = iopfl.with_state(models[0], iopfl.aggregate([m.state_dict() for m in models], [1, 1, 1]))
+    with torch.no_grad():
+        expected = {"global": models[2](site.images), "average": average(site.images),
+                    "ensemble": sum(m(site.images).softmax(1) for m in models)}
+    for method, scores in expected.items():
+        dice = np.mean([iopfl.dice(p, t) for p, t in zip(scores.argmax(1) == 1, site.masks == 1)])
+        assert [row["dice"] for row in outside if row["method"] == method] == pytest.approx([dice], abs=1e-3)
+
+
+def test_oracle_never_predicts_an_image_it_was_trained_on(monkeypatch):
+    """Slices of one case stay together."""
+    split = data.Split(torch.arange(12.0)[:, None, None, None].expand(12, 1, 8, 8), torch.zeros(12, 8, 8).long(),
+                       [f"case{i // 3}" for i in range(12)])
+    trained = []
+    monkeypatch.setattr(iopfl, "train_local", lambda model, images, masks, **_: trained.append(images[:, 0, 0, 0]))
+    predicted = []
+    monkeypatch.setattr(iopfl, "predict", lambda model, images: predicted.append(images[:, 0, 0, 0]) or images[:, 0].long())
+    prediction = train.oracle(SimpleNamespace(batch_size=5, lr=1e-3), UNet(1, 2, 2, 1), split, 0)
+    assert torch.equal(prediction, split.images[:, 0].long())
+    for seen, own in zip(trained, predicted):
+        assert {int(i) // 3 for i in seen} & {int(i) // 3 for i in own} == set() and len(seen) == len(own) == 6
+
+
+def test_comparison_by_hand():
+    rows = [{"phase": "outside", "method": m, "site": s, "seed": seed, "dice": d / 100} for m, s, seed, d in (
+        ("routing", "a", 0, 80), ("routing", "b", 0, 70), ("routing", "a", 1, 90), ("routing", "b", 1, 60.05),
+        ("global", "a", 0, 75), ("global", "b", 0, 72), ("global", "a", 1, 85), ("global", "b", 1, 60))]
+    line = train.compare(rows, "outside", "routing").splitlines()[1]
+    assert line.split() == ["global", "+2.01", "-2.00", "+5.00", "2", "1", "1", "1"]
+    for wins, losses, p in ((5, 0, 2 / 32), (0, 5, 2 / 32), (3, 3, 1.0), (0, 0, 1.0), (8, 2, 2 * (45 + 10 + 1) / 1024)):
+        assert train.sign_test(wins, losses) == pytest.approx(p)
 
 # ---------------------------------------------------------------- the script: from start to finish
 TOY = {"prostate": ["--size", "48", "--images-per-site", "40", "--depth", "3", "--rounds", "15", "--lr", "5e-3"],
@@ -988,7 +1115,7 @@ def test_run_reports(toy_run):
     task, _, results = toy_run
     assert set(results) == {"config", "environment", "seconds", "rows"}
     assert results["config"]["task"] == task and results["config"]["routing"]["activation"] == "softmax"
-    assert {"federation", "outside", "total"} <= set(results["seconds"])
+    assert {"inside", "outside", "total"} <= set(results["seconds"])
     assert results["environment"]["device"] == "cpu" and results["environment"]["peak_memory_mib"] > 0
     names, rows = list(data.HOSPITALS[task])[:3], results["rows"]
     count = results["config"]["images_per_site"]
@@ -1007,7 +1134,7 @@ def test_run_leaves_models_and_pictures(toy_run):
     assert [f.name for f in out.parent.iterdir()] == [out.name]
     names = list(data.HOSPITALS[task])[:3]
     folder = out / f"seed0-{names[2]}"
-    for picture in (out / "hospitals.png", folder / "outside.png", folder / "routing.png"):
+    for picture in (out / "hospitals.png", out / "routing.png", folder / "outside.png", folder / "routing.png"):
         with Image.open(picture) as image:
             image.load()
             assert image.mode == "RGB" and min(image.size) > 50
