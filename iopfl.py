@@ -153,7 +153,7 @@ METHODS = {
     "fedper": Method(stays="head"),  # Arivazhagan et al. 2019
     "ditto": Method(own_proximal=0.1),  # Li et al. 2021
     "fedavg-ft": Method(alpha=0.0),  # one epoch of local training from the global model
-    "iopfl": Method(alpha=0.5),
+    "iopfl": Method(alpha=0.7),
     "centralised": Method(pooled=True),  # the ceiling: what no federation may do
 }
 

@@ -33,14 +33,14 @@ class RoutingSettings:
     tolerance: float = 0.02  # "site": divergence of a channel at which half of the site's statistics is taken
     entropy: float = 0.0  # λ_ent, weight of M8
     consistency: float = 1.0  # λ_con, weight of M6
-    shape: float = 0.1  # λ_shape, weight of M7
+    shape: float = 0.02  # λ_shape, weight of M7
     noise: float = 0.5  # standard deviation of ε in M6
     radius: float = 10 / 384  # d of M7 as a share of the image's shorter side
     lr: float = 2e-4  # of Adam
     passes: int = 3  # over the images, offline
     batch_size: int = 5
     dropout: float = 0.2  # inside the routers, while adapting
-    leash: float = 0.03  # relative change of a class's area that adaptation may bring; inf: any
+    leash: float = 0.01  # relative change of a class's area that adaptation may bring; inf: any
 
     def __post_init__(self) -> None:
         for name, allowed in (("activation", ("softmax", "sigmoid")), ("start", ("random", "uniform", "matched", "best")),

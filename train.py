@@ -220,103 +220,112 @@ def once(path: Path, work: Callable[[], dict]) -> dict:
     return json.loads(path.read_text())
 
 
-def run(args: argparse.Namespace, seed: int, hold_out: str | None, folder: Path) -> dict:
-    """Everything of one seed and one hospital held out: rows of results.json, mean routing weights, seconds.
+@dataclass(frozen=True)
+class Task:
+    """A federation, with the methods inside that share it, and what follows for the hospital outside."""
 
-    One federation a group of methods inside, then the methods outside. Saves models and pictures in `folder`.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    return once(folder / "rows.json", lambda: run_parts(args, seed, hold_out, folder))
+    seed: int
+    hold_out: str | None
+    inside: dict[str, Method]
+    outside: dict[str, Outside | None]
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"seed {self.seed}, outside: {self.hold_out or 'none'}, {' '.join([*self.inside, *self.outside])}"
 
 
-def run_parts(args: argparse.Namespace, seed: int, hold_out: str | None, folder: Path) -> dict:
-    sites, channels, classes, structures = load_sites(args, seed)
-    inside = [site for site in sites if site.name != hold_out]
-    inside_methods, outside_methods = chosen_methods(args, hold_out)
+def plan(args: argparse.Namespace, hold_outs: list[str | None], folder: Path) -> list[Task]:
+    """All tasks: one for each seed, hospital held out and way of training the shared model."""
+    tasks = []
+    for seed in args.seeds:
+        for hold_out in hold_outs:
+            inside, outside = chosen_methods(args, hold_out)
+            for training in dict.fromkeys(method.shared_training for method in inside.values()):
+                group = {name: method for name, method in inside.items() if method.shared_training == training}
+                tasks.append(Task(seed, hold_out, group, outside if "iopfl" in group else {},
+                                  folder / f"seed{seed}-{hold_out or 'all-inside'}"))
+    return tasks
 
-    def network() -> torch.nn.Module:
-        model = UNet(channels, classes, args.width, args.depth, torch.Generator().manual_seed(seed))
-        return model.to(args.device, memory_format=torch.channels_last)
 
-    def rows(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor) -> list[dict]:
-        return [{"phase": phase, "method": method, "seed": seed, "hold_out": hold_out, "site": site.name, **row}
-                for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing)]
+def run(args: argparse.Namespace, task: Task) -> dict:
+    """Rows of results.json, mean routing weights and seconds of a task; models and pictures go to its folder."""
+    task.folder.mkdir(parents=True, exist_ok=True)
+    return once(task.folder / f"{next(iter(task.inside))}.json", lambda: run_anew(args, task))
 
-    def federation(methods: dict[str, Method]) -> dict:
-        start = time.perf_counter()
-        model = network()
+
+def run_anew(args: argparse.Namespace, task: Task) -> dict:
+    start = time.perf_counter()
+    sites, channels, classes, structures = load_sites(args, task.seed)
+    inside = [site for site in sites if site.name != task.hold_out]
+    model = UNet(channels, classes, args.width, args.depth, torch.Generator().manual_seed(task.seed))
+    model = model.to(args.device, memory_format=torch.channels_last)
+    found = []
+
+    def report(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor, **more) -> None:
+        for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing):
+            found.append({"phase": phase, "method": method, "seed": task.seed, "hold_out": task.hold_out,
+                          "site": site.name, **row, **more})
+
+    if args.jobs == 1:
+        print(f"\n{task}. Validation Dice in %, {' / '.join(task.inside)}:")
+    for last in iopfl.federate(model, {site.name: site.train for site in inside}, args.rounds, task.inside,
+                               seed=task.seed, epochs=args.local_epochs, batch_size=args.batch_size, lr=args.lr):
         if args.jobs == 1:
-            print(f"\nseed {seed}, outside: {hold_out or 'none'}. Validation Dice in %, {' / '.join(methods)}:")
-        for last in iopfl.federate(model, {site.name: site.train for site in inside}, args.rounds, methods, seed=seed,
-                                   epochs=args.local_epochs, batch_size=args.batch_size, lr=args.lr):
-            if args.jobs == 1:
-                dice = {site.name: [score(iopfl.with_state(model, own[site.name]), site.validation, structures)
-                                    for own in last.own.values()] for site in inside}
-                left = (time.perf_counter() - start) * (args.rounds / last.number - 1)
-                print(f"round {last.number:3d}/{args.rounds}  " + "  ".join(
-                    f"{name} {'/'.join(f'{100 * value:.1f}' for value in values)}" for name, values in dice.items())
-                    + f"  {left:4.0f} s left", flush=True)
-        if "iopfl" in methods:
-            save(folder / "global.pt", last.global_state)
-            for name, state in last.own["iopfl"].items():
-                save(folder / f"personal-{name}.pt", state)
-        found = [row for method, own in last.own.items() for site in inside
-                 for row in rows("inside", method, site, site.test,
-                                 iopfl.predict(iopfl.with_state(model, own[site.name]), site.test.images))]
-        return {"rows": found, "seconds": {"inside": time.perf_counter() - start}}
+            line = f"round {last.number:3d}/{args.rounds}"
+            for site in inside:
+                dice = (score(iopfl.with_state(model, own[site.name]), site.validation, structures)
+                        for own in last.own.values())
+                line += f"  {site.name} " + "/".join(f"{100 * value:.1f}" for value in dice)
+            left = (time.perf_counter() - start) * (args.rounds / last.number - 1)
+            print(f"{line}  {left:4.0f} s left", flush=True)
+    for method, own in last.own.items():
+        for site in inside:
+            report("inside", method, site, site.test,
+                   iopfl.predict(iopfl.with_state(model, own[site.name]), site.test.images))
+    if "iopfl" in task.inside:
+        save(task.folder / "global.pt", last.global_state)
+        for name, state in last.own["iopfl"].items():
+            save(task.folder / f"personal-{name}.pt", state)
+    trained = time.perf_counter()
 
-    def outside() -> dict:
-        start = time.perf_counter()
-        site = next(site for site in sites if site.name == hold_out)
+    routing = None
+    if task.outside:
+        site = next(site for site in sites if site.name == task.hold_out)
         split = site.everything()  # no label of it was used: every image is a test image
-        *personal, global_model = (iopfl.with_state(network(), torch.load(folder / f"{file}.pt", weights_only=True))
-                                   for file in [*(f"personal-{own.name}" for own in inside), "global"])
+        personal = [iopfl.with_state(model, state) for state in last.own["iopfl"].values()]
+        global_model = iopfl.with_state(model, last.global_state)
         experts = {"global": [[global_model]], "personal": [personal], "all": [[*personal, global_model]],
-                   "each": [[model] for model in (*personal, global_model)]}
-        found, predictions, routing = [], {}, {}
-        for name, method in outside_methods.items():
+                   "each": [[expert] for expert in (*personal, global_model)]}
+        predictions = {}
+        for name, method in task.outside.items():
             if method is None:
-                predictions[name] = oracle(args, global_model, split, seed)
+                predictions[name] = oracle(args, global_model, split, task.seed)
             else:
                 probabilities = []
                 for models in experts[method.experts]:
-                    routed = router.build_routed(models, method.settings, torch.Generator().manual_seed(seed))
+                    routed = router.build_routed(models, method.settings, torch.Generator().manual_seed(task.seed))
 
                     def after_pass(number: int, name: str = name, routed: router.RoutedNetwork = routed) -> None:
-                        if outside_methods[name].curve:
+                        if task.outside[name].curve:
                             prediction = router.predict(routed, split.images).argmax(dim=1)
-                            found.extend({**row, "pass": number} for row in rows("curve", name, site, split, prediction))
+                            report("curve", name, site, split, prediction, **{"pass": number})
 
-                    generator = torch.Generator(args.device).manual_seed(seed)
+                    generator = torch.Generator(args.device).manual_seed(task.seed)
                     probabilities.append(router.adapt(routed, split.images, generator=generator, online=method.online,
                                                       after_pass=after_pass))
                 predictions[name] = torch.stack(probabilities).mean(dim=0).argmax(dim=1)
-            found += rows("outside", name, site, split, predictions[name])
+            report("outside", name, site, split, predictions[name])
             if name == "routing":
-                save(folder / "adapted.pt", routed.state_dict())
+                save(task.folder / "adapted.pt", routed.state_dict())
                 layers, weights = router.mean_routing(routed, split.images)
-                routing = {"layers": layers, "experts": [*(own.name for own in inside), "global"],
+                routing = {"outside": task.hold_out, "experts": [*(own.name for own in inside), "global"],
                            "weights": weights.tolist()}
-                draw_heat_map(routing["weights"], layers, routing["experts"], folder / "routing.png")
+                draw_heat_map(routing["weights"], [layer.removeprefix("network.") for layer in layers],
+                              routing["experts"], task.folder / "routing.png")
         if {"global", "routing"} <= predictions.keys():
-            draw_outside(split, predictions, folder / "outside.png")
-        return {"rows": found, "seconds": {"outside": time.perf_counter() - start}, "routing": routing}
-
-    parts = [once(folder / f"inside-{next(iter(methods))}.json", lambda methods=methods: federation(methods))
-             for methods in same_training(inside_methods)]
-    parts += [outside()] if outside_methods else []
-    seconds = {phase: sum(part["seconds"].get(phase, 0) for part in parts) for phase in ("inside", "outside")}
-    order = [*inside_methods, *outside_methods]
-    return {"seed": seed, "hold_out": hold_out, "seconds": seconds, "routing": parts[-1].get("routing"),
-            "rows": sorted((row for part in parts for row in part["rows"]), key=lambda row: order.index(row["method"]))}
-
-
-def same_training(methods: dict[str, Method]) -> list[dict[str, Method]]:
-    """The methods in groups that need one federation each."""
-    groups: dict[tuple, dict[str, Method]] = {}
-    for name, method in methods.items():
-        groups.setdefault(method.shared_training, {})[name] = method
-    return list(groups.values())
+            draw_outside(split, predictions, task.folder / "outside.png")
+    return {"rows": found, "routing": routing,
+            "seconds": {"inside": trained - start, "outside": time.perf_counter() - trained}}
 
 
 def oracle(args: argparse.Namespace, global_model: torch.nn.Module, split: data.Split, seed: int) -> Tensor:
@@ -351,8 +360,8 @@ def save(path: Path, state: dict) -> None:
 def table(rows: list[dict], phase: str, unit: str) -> str:
     """Dice in % by site, mean ± standard deviation over seeds; best method of a column marked with *."""
     rows = [row for row in rows if row["phase"] == phase]
-    sites, methods, structures, seeds = (list(dict.fromkeys(row[key] for row in rows))
-                                         for key in ("site", "method", "structure", "seed"))
+    methods, structures, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "structure", "seed"))
+    sites = sorted({row["site"] for row in rows})
 
     def per_seed(key: str, method: str, chosen_structures: list, chosen_sites: list) -> np.ndarray:
         """Mean over structures and sites, one number a seed."""
@@ -576,15 +585,16 @@ def open_folder(out: Path, settings: dict, overwrite: bool) -> Path:
     return folder
 
 
-def run_all(tasks: list[tuple], jobs: int) -> Iterator[dict]:
-    """The results of `run`, in the order in which they come, by `jobs` processes."""
-    if jobs == 1:
-        yield from (run(*task) for task in tasks)
+def run_all(args: argparse.Namespace, tasks: list[Task]) -> Iterator[tuple[Task, dict]]:
+    """The tasks with their results, as they come, from `args.jobs` processes."""
+    if args.jobs == 1:
+        yield from ((task, run(args, task)) for task in tasks)
         return
-    threads = max(1, torch.get_num_threads() // jobs)
-    with ProcessPoolExecutor(jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
-        for future in as_completed([pool.submit(run, *task) for task in tasks]):
-            yield future.result()
+    threads = max(1, torch.get_num_threads() // args.jobs)
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
+        futures = {pool.submit(run, args, task): task for task in tasks}
+        for future in as_completed(futures):
+            yield futures[future], future.result()
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -601,20 +611,19 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     torch.backends.cudnn.deterministic = True
     draw_hospitals(sites, folder / "hospitals.png")
-    tasks = [(args, seed, hold_out, folder / f"seed{seed}-{hold_out or 'all-inside'}")
-             for seed in args.seeds for hold_out in chosen]
+    tasks = plan(args, chosen, folder)
     if args.jobs is None:
         args.jobs = 1 if args.device == "cuda" else min(len(tasks), torch.get_num_threads())
     results = []
-    for result in run_all(tasks, args.jobs):
+    for task, result in run_all(args, tasks):
         results.append(result)
         if len(tasks) > 1:
             left = (time.perf_counter() - begin) * (len(tasks) / len(results) - 1)
-            print(f"seed {result['seed']}, outside: {result['hold_out'] or 'none'}: done, {len(results)} of "
-                  f"{len(tasks)}, {left / 60:.0f} min left", flush=True)
-    order = {(seed, hold_out): number for number, (_, seed, hold_out, _) in enumerate(tasks)}
-    results.sort(key=lambda result: order[result["seed"], result["hold_out"]])
-    rows = [row for result in results for row in result["rows"]]
+            print(f"{task}: done, {len(results)} of {len(tasks)}, {left / 60:.0f} min left", flush=True)
+    known = [*METHODS, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
+    places = [(seed, hold_out) for seed in args.seeds for hold_out in chosen]
+    rows = sorted((row for result in results for row in result["rows"]),
+                  key=lambda row: (places.index((row["seed"], row["hold_out"])), known.index(row["method"])))
     seconds = {phase: sum(result["seconds"][phase] for result in results) for phase in ("inside", "outside")}
     seconds["total"] = time.perf_counter() - begin
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -626,8 +635,9 @@ def main(argv: list[str] | None = None) -> int:
         {"config": {**vars(args), "routing": asdict(chosen_methods(args, "")[1]["routing"].settings)},
          "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
          "rows": rows}, indent=1))
-    if any(result["routing"] for result in results):
-        draw_routing([{"outside": result["hold_out"], **result["routing"]} for result in results], folder / "routing.png")
+    routings = [result["routing"] for result in results if result["routing"]]
+    if routings:
+        draw_routing(routings, folder / "routing.png")
     if curves(rows):
         draw_curves(curves(rows), folder / "curves.png")
     if out.exists():
