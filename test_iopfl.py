@@ -1039,7 +1039,7 @@ def test_a_run_stopped_in_the_middle_keeps_the_old_one_and_goes_on(tmp_path, mon
             train.main([*argv, str(run), "--overwrite"])
     assert tree(run) == {"results.json": b"keep"}
     shutil.rmtree(run)
-    refused(capsys, tmp_path, [*argv, str(run), "--lr", "0.1"], "unfinished", "--lr", "0.01", "--overwrite")
+    refused(capsys, tmp_path, [*argv, str(run), "--lr", "0.1"], "unfinished", "lr 0.01", "--overwrite")
 
     federations = []
     with monkeypatch.context() as patch:

@@ -63,8 +63,9 @@ OUTSIDE = {
                                       passes=1, leash=math.inf)),
     "routing": Outside(),
     "routing-authors": Outside(settings=AUTHORS),
-    "oracle": None,  # the ceiling: trained on labels of the hospital outside
+    "oracle": None,  # trained on labels of the hospital outside
 }
+CEILINGS = {"centralised", "oracle"}  # know what no method may know
 INSIDE_ABLATIONS = {f"alpha={alpha}": Method(alpha=alpha) for alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)}
 OUTSIDE_ABLATIONS = {
     "no-steps": Outside(settings=replace(ROUTING, passes=0)),
@@ -262,7 +263,7 @@ def run_anew(args: argparse.Namespace, task: Task) -> dict:
     found = []
 
     def report(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor, **more) -> None:
-        for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing):
+        for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing, phase != "curve"):
             found.append({"phase": phase, "method": method, "seed": task.seed, "hold_out": task.hold_out,
                           "site": site.name, **row, **more})
 
@@ -287,45 +288,49 @@ def run_anew(args: argparse.Namespace, task: Task) -> dict:
         for name, state in last.own["iopfl"].items():
             save(task.folder / f"personal-{name}.pt", state)
     trained = time.perf_counter()
-
     routing = None
     if task.outside:
         site = next(site for site in sites if site.name == task.hold_out)
-        split = site.everything()  # no label of it was used: every image is a test image
-        personal = [iopfl.with_state(model, state) for state in last.own["iopfl"].values()]
-        global_model = iopfl.with_state(model, last.global_state)
-        experts = {"global": [[global_model]], "personal": [personal], "all": [[*personal, global_model]],
-                   "each": [[expert] for expert in (*personal, global_model)]}
-        predictions = {}
-        for name, method in task.outside.items():
-            if method is None:
-                predictions[name] = oracle(args, global_model, split, task.seed)
-            else:
-                probabilities = []
-                for models in experts[method.experts]:
-                    routed = router.build_routed(models, method.settings, torch.Generator().manual_seed(task.seed))
-
-                    def after_pass(number: int, name: str = name, routed: router.RoutedNetwork = routed) -> None:
-                        if task.outside[name].curve:
-                            prediction = router.predict(routed, split.images).argmax(dim=1)
-                            report("curve", name, site, split, prediction, **{"pass": number})
-
-                    generator = torch.Generator(args.device).manual_seed(task.seed)
-                    probabilities.append(router.adapt(routed, split.images, generator=generator, online=method.online,
-                                                      after_pass=after_pass))
-                predictions[name] = torch.stack(probabilities).mean(dim=0).argmax(dim=1)
-            report("outside", name, site, split, predictions[name])
-            if name == "routing":
-                save(task.folder / "adapted.pt", routed.state_dict())
-                layers, weights = router.mean_routing(routed, split.images)
-                routing = {"outside": task.hold_out, "experts": [*(own.name for own in inside), "global"],
-                           "weights": weights.tolist()}
-                draw_heat_map(routing["weights"], [layer.removeprefix("network.") for layer in layers],
-                              routing["experts"], task.folder / "routing.png")
-        if {"global", "routing"} <= predictions.keys():
-            draw_outside(split, predictions, task.folder / "outside.png")
+        experts = {name: iopfl.with_state(model, state) for name, state in last.own["iopfl"].items()}
+        routing = run_outside(args, task, site, {**experts, "global": iopfl.with_state(model, last.global_state)}, report)
     return {"rows": found, "routing": routing,
             "seconds": {"inside": trained - start, "outside": time.perf_counter() - trained}}
+
+
+def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: dict[str, torch.nn.Module],
+                report: Callable) -> dict | None:
+    """All methods outside on all images of the site; returns the mean routing weights of "routing"."""
+    split = site.everything()  # no label of it was used: every image is a test image
+    *personal, global_model = experts.values()
+    mixtures = {"global": [[global_model]], "personal": [personal], "all": [[*personal, global_model]],
+                "each": [[expert] for expert in experts.values()]}
+    predictions, routing = {}, None
+    for name, method in task.outside.items():
+        def after_pass(number: int) -> None:
+            if method.curve:
+                prediction = router.predict(routed, split.images).argmax(dim=1)
+                report("curve", name, site, split, prediction, **{"pass": number})
+
+        if method is None:
+            predictions[name] = oracle(args, global_model, split, task.seed)
+        else:
+            probabilities = []
+            for models in mixtures[method.experts]:
+                routed = router.build_routed(models, method.settings, torch.Generator().manual_seed(task.seed))
+                generator = torch.Generator(args.device).manual_seed(task.seed)
+                probabilities.append(router.adapt(routed, split.images, generator=generator, online=method.online,
+                                                  after_pass=after_pass))
+            predictions[name] = torch.stack(probabilities).mean(dim=0).argmax(dim=1)
+        report("outside", name, site, split, predictions[name])
+        if name == "routing":
+            save(task.folder / "adapted.pt", routed.state_dict())
+            layers, weights = router.mean_routing(routed, split.images)
+            routing = {"outside": site.name, "experts": list(experts), "weights": weights.tolist()}
+            draw_heat_map(routing["weights"], [layer.removeprefix("network.") for layer in layers], list(experts),
+                          task.folder / "routing.png")
+    if {"global", "routing"} <= predictions.keys():
+        draw_outside(split, predictions, task.folder / "outside.png")
+    return routing
 
 
 def oracle(args: argparse.Namespace, global_model: torch.nn.Module, split: data.Split, seed: int) -> Tensor:
@@ -358,7 +363,7 @@ def save(path: Path, state: dict) -> None:
 
 # ---------------------------------------------------------------- tables
 def table(rows: list[dict], phase: str, unit: str) -> str:
-    """Dice in % by site, mean ± standard deviation over seeds; best method of a column marked with *."""
+    """Dice in % by site, mean ± sample standard deviation over seeds; best method of a column, ceilings aside, with *."""
     rows = [row for row in rows if row["phase"] == phase]
     methods, structures, seeds = (list(dict.fromkeys(row[key] for row in rows)) for key in ("method", "structure", "seed"))
     sites = sorted({row["site"] for row in rows})
@@ -377,27 +382,27 @@ def table(rows: list[dict], phase: str, unit: str) -> str:
     if len(structures) > 1:
         groups.append(("mean", structures))
     width = 2 + max(11 if len(seeds) > 1 else 7, *(len(title) for *_, title in columns))
-    lines = [f"{'':27}" + "".join(f"{title:>{width}}" for *_, title in columns)]
+    lines = [f"{'':33}" + "".join(f"{title:>{width}}" for *_, title in columns)]
     for label, group in groups:
         values = {m: [per_seed(key, m, group, chosen) for key, chosen, _ in columns] for m in methods}
         for method in methods:
             cells = []
             for number, (key, *_) in enumerate(columns):
-                means = [values[m][number].mean() for m in methods]
-                mean, std = values[method][number].mean(), values[method][number].std()
-                best = max(means) if key == "dice" else min(means)
+                means = [values[m][number].mean() for m in methods if m not in CEILINGS]
+                mean = values[method][number].mean()
+                best = None if method in CEILINGS else max(means) if key == "dice" else min(means)
                 scale, digits = (100, 1) if key == "dice" else (1, 2)
-                spread = f"±{scale * std:.{digits}f}" if len(seeds) > 1 else ""
+                spread = f"±{scale * values[method][number].std(ddof=1):.{digits}f}" if len(seeds) > 1 else ""
                 cells.append(f"{scale * mean:.{digits}f}{spread}{'*' if mean == best else ' '}".rjust(width))
-            lines.append(f"{label:11.11}{method:16}" + "".join(cells))
+            lines.append(f"{label:10.10} {method + ' (ceiling)' * (method in CEILINGS):22}" + "".join(cells))
     missing = sum(row["cases"] - row["distance_cases"] for row in rows)
     if missing:
         lines.append(f"HD95 and ASSD leave out {missing} of {sum(row['cases'] for row in rows)} cases: no mask at all")
     return "\n".join(lines)
 
 
-def report(rows: list[dict], unit: str) -> str:
-    """All tables."""
+def tables(rows: list[dict], unit: str) -> str:
+    """The whole report as text."""
     parts = []
     for phase, images, reference in (("inside", "test images", "iopfl"), ("outside", "all images of the hospital held out", "routing")):
         methods = {row["method"] for row in rows if row["phase"] == phase}
@@ -575,7 +580,7 @@ def open_folder(out: Path, settings: dict, overwrite: bool) -> Path:
         before = json.loads(file.read_text())
         different = [name for name in settings if before.get(name) != settings[name]]
         if different and not overwrite:
-            raise ValueError(f"{folder} holds an unfinished run with another --{different[0].replace('_', '-')}: "
+            raise ValueError(f"{folder} holds an unfinished run with another setting, {different[0]} "
                              f"{before.get(different[0])}; say --overwrite or another --out")
         if not different:
             return folder
@@ -601,11 +606,12 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     args = parse_arguments(argv)
     out = Path(args.out or f"runs/{Path(args.root).resolve().name if args.root else args.task}").resolve()
-    settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "jobs")}
+    settings = {**{name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "jobs")},
+                "routing": asdict(AUTHORS if args.authors else ROUTING)}
     try:
         sites, *_ = load_sites(args, args.seeds[0])
         chosen = hold_outs(args.hold_out, [site.name for site in sites])
-        folder = open_folder(out, json.loads(json.dumps(settings)), args.overwrite)
+        folder = open_folder(out, settings, args.overwrite)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
@@ -632,8 +638,7 @@ def main(argv: list[str] | None = None) -> int:
                    "threads": torch.get_num_threads(), "jobs": args.jobs,
                    "peak_memory_mib": round(peak / (1024 if sys.platform != "darwin" else 1024**2))}
     (folder / "results.json").write_text(json.dumps(
-        {"config": {**vars(args), "routing": asdict(chosen_methods(args, "")[1]["routing"].settings)},
-         "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        {"config": settings, "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
          "rows": rows}, indent=1))
     routings = [result["routing"] for result in results if result["routing"]]
     if routings:
@@ -643,7 +648,7 @@ def main(argv: list[str] | None = None) -> int:
     if out.exists():
         shutil.rmtree(out)
     folder.rename(out)
-    print(report(rows, "px" if args.root or args.task == "fundus" else "mm"))
+    print(tables(rows, "px" if args.root or args.task == "fundus" else "mm"))
     print(f"\n{seconds['total']:.0f} s, peak memory {environment['peak_memory_mib']} MiB a process. "
           f"Models, pictures and results.json: {out}")
     return 0
