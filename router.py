@@ -26,7 +26,9 @@ class RoutingSettings:
     activation: str = "softmax"  # of the router: "softmax" (sums to one) or "sigmoid" (does not)
     per_sample: bool = True  # False: a router sees no image, so that all images are routed alike
     start: str = "matched"  # "random", "uniform" average, or by the match of the experts' statistics with the
-    # images': "matched" average or the "best" expert alone
+    # images' (`match_statistics`): "matched" average or the "best" expert alone
+    match_floor: float = 0.05  # "matched": smaller differences of divergence are not worth telling apart
+    global_share: float | None = 0.5  # "matched": part of the last, global expert where all match alike; None: 1 / M
     mix_batchnorm: bool = True  # BatchNorm mixed like the kernels; False: the last (global) expert's
     statistics: str = "site"  # of BatchNorm: "running", "batch", or "site", measured once on its images (see below)
     share: float = 1.0  # "batch": of the batch's statistics against the running ones
@@ -192,11 +194,12 @@ class RoutedBatchNorm2d(nn.Module):
                 mean = (1 - share) * mean + share * x.mean(dim=(0, 2, 3))
                 variance = (1 - share) * variance + share * x.var(dim=(0, 2, 3), correction=0)
             elif self.statistics == "site" and self.site_images > 0:
-                own = self.site_mean, self.site_square - self.site_mean.square()
-                divergence = gaussian_divergence(*own, mean.detach().mean(dim=0), variance.detach().mean(dim=0), self.eps)
+                own = (self.site_square - self.site_mean.square()).clamp_min(0)
+                divergence = gaussian_divergence(self.site_mean, own, mean, variance, self.eps).detach()
                 square = divergence.square()
-                share = square / (square + self.settings.tolerance**2).clamp_min(1e-12)  # (C,)
-                mean, variance = mean.lerp(own[0], share), variance.lerp(own[1], share)
+                share = square / (square + self.settings.tolerance**2).clamp_min(1e-12)  # (N or 1, C)
+                mean = mean + share * (self.site_mean - mean)
+                variance = variance + share * (own - variance)
         scale = (variance + self.eps).rsqrt()
         shift = -mean * scale
         if self.affine:
@@ -439,21 +442,26 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
     return torch.stack(divergences).float()
 
 
-def matched_weights(divergence: Tensor) -> Tensor:
-    """Routing weights (M,) ∝ c · exp(-divergence / its standard deviation over the experts), the deviation being at
-    least 0.05: smaller differences are not worth telling apart. The last, global expert has seen the images of all
-    others, so it counts c = M - 1 times, the others once. Ours."""
-    weights = torch.exp(-divergence / divergence.std(correction=0).clamp_min(0.05))
-    weights[-1] *= max(len(weights) - 1, 1)
+def matched_weights(divergence: Tensor, floor: float = 0.0, global_share: float | None = None) -> Tensor:
+    """Routing weights (M,) ∝ prior · exp(-divergence / its standard deviation over the experts), the deviation being
+    at least `floor`. The prior gives `global_share` to the last expert and the rest to the others; None: all alike.
+    Ours."""
+    count = len(divergence)
+    prior = torch.full((count,), 1 / count)
+    if global_share is not None and count > 1:
+        prior = torch.tensor([(1 - global_share) / (count - 1)] * (count - 1) + [global_share])
+    spread = divergence.std(correction=0).clamp_min(max(floor, 1e-12))
+    weights = prior.to(divergence) * torch.exp((divergence.min() - divergence) / spread)
     return weights / weights.sum()
 
 
 def prepare(routed: RoutedNetwork, images: Tensor) -> None:
     """Before the first step: the start by `settings.start`, then the site's statistics."""
-    if routed.settings.start in ("matched", "best"):
+    settings = routed.settings
+    if settings.start in ("matched", "best"):
         divergence = match_statistics(routed, images)
-        routed.start_at(matched_weights(divergence) if routed.settings.start == "matched" else
-                        F.one_hot(divergence.argmin(), routed.experts))
+        routed.start_at(F.one_hot(divergence.argmin(), routed.experts) if settings.start == "best" else
+                        matched_weights(divergence, settings.match_floor, settings.global_share))
     routed.start = {name: value.detach().clone() for name, value in routed.named_parameters()}
     # At most 64 images, spread over the site, since neighbours may be slices of one patient.
     measure_site(routed, images[torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()])

@@ -610,14 +610,16 @@ def test_matching_finds_the_expert_whose_statistics_fit():
     divergence = router.match_statistics(routed, x)
     assert divergence.argmin() == 1 and divergence[1] < 1e-3 and divergence.min() >= 0
     weights = router.matched_weights(divergence)
-    assert weights.sum().item() == pytest.approx(1) and weights[1] > weights[0] and 2 * weights[1] > weights[2]
-    # Equal divergences: as many parts for the global model as for all others together.
-    assert torch.allclose(router.matched_weights(torch.ones(4)), torch.tensor([1, 1, 1, 3]) / 6)
+    assert weights.sum().item() == pytest.approx(1) and weights.argmax() == 1
+    assert torch.allclose(router.matched_weights(torch.ones(4)), torch.full((4,), 0.25))
+    assert torch.allclose(router.matched_weights(torch.ones(4), 0.05, 0.5), torch.tensor([1, 1, 1, 3]) / 6)
     a, b = np.exp(-1.0), np.exp(1.0)  # one standard deviation above and below the mean
-    assert torch.allclose(router.matched_weights(torch.tensor([3.0, 1.0, 3.0, 1.0])),
-                          torch.tensor([a, b, a, 3 * b], dtype=torch.float32) / (2 * a + 4 * b))
-    a = np.exp(-0.02 / 0.05)  # differences far below 0.05 hardly count
-    assert torch.allclose(router.matched_weights(torch.tensor([0.02, 0.0])), torch.tensor([a, 1.0]).float() / (1 + a))
+    expected = torch.tensor([a, b, a, 3 * b], dtype=torch.float32) / (2 * a + 4 * b)
+    assert torch.allclose(router.matched_weights(torch.tensor([3.0, 1.0, 3.0, 1.0]), 0.05, 0.5), expected)
+    a = np.exp(-0.02 / 0.05)  # differences far below the floor hardly count
+    expected = torch.tensor([a, 1.0], dtype=torch.float32) / (1 + a)
+    assert torch.allclose(router.matched_weights(torch.tensor([0.02, 0.0]), 0.05), expected)
+    assert router.matched_weights(torch.tensor([0.3]), 0.05, 0.5) == 1
     with pytest.raises(ValueError, match="no BatchNorm2d"):
         router.match_statistics(router.build_routed([nn.Conv2d(1, 2, 1).double()]), x)
 

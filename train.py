@@ -56,7 +56,7 @@ OUTSIDE = {
     "best-inside": Outside("personal", replace(AS_TRAINED, start="best")),
     "ensemble": Outside("each", AS_TRAINED),
     "average": Outside("all", AS_TRAINED),
-    "matched": Outside("all", replace(AS_TRAINED, start="matched")),
+    "matched": Outside("all", replace(AS_TRAINED, start="matched", match_floor=0.0, global_share=None)),
     "bn": Outside("global", replace(AS_TRAINED, statistics="site", tolerance=0.0)),
     # With one expert there is nothing to route: what moves is BatchNorm's affine (Wang et al. 2021).
     "tent": Outside("global", replace(AS_TRAINED, statistics="batch", entropy=1.0, consistency=0.0, shape=0.0, lr=1e-3,
@@ -79,9 +79,9 @@ OUTSIDE_ABLATIONS = {
     "sigmoid": Outside(settings=replace(ROUTING, activation="sigmoid")),
     "random-start": Outside(settings=replace(ROUTING, start="random")),
     "uniform-start": Outside(settings=replace(ROUTING, start="uniform")),
-    "matched-start": Outside(settings=replace(ROUTING, start="matched")),
+    "equal-start": Outside(settings=replace(ROUTING, global_share=None)),  # matched, the global model as any other
     "global-only": Outside("global"),
-    "personal-only": Outside("personal"),
+    "personal-only": Outside("personal", replace(ROUTING, global_share=None)),
     "site-routing": Outside(settings=replace(ROUTING, per_sample=False)),
     "online": Outside(online=True),
     "passes-20": Outside(settings=replace(ROUTING, passes=20), curve=True),
