@@ -148,7 +148,7 @@ class Method:
 METHODS = {
     "local": Method(stays="all"),
     "fedavg": Method(),  # McMahan et al. 2017
-    "fedprox": Method(proximal=0.1),  # Li et al. 2020
+    "fedprox": Method(proximal=0.001),  # Li et al. 2020
     "fedbn": Method(stays="batchnorm"),  # Li et al. 2021
     "fedper": Method(stays="head"),  # Arivazhagan et al. 2019
     "ditto": Method(own_proximal=0.1),  # Li et al. 2021
