@@ -1069,6 +1069,11 @@ def test_every_method_outside_runs(tmp_path):
     assert [row["method"] for row in outside] == [*train.OUTSIDE, *train.OUTSIDE_ABLATIONS]
     curve = [(row["method"], row["pass"]) for row in rows if row["phase"] == "curve"]
     assert curve == [(m, n) for m, o in train.OUTSIDE_ABLATIONS.items() if o.curve for n in range(21)]
+    for key in ("dice", "area"):
+        values = [100 * row[key] for row in rows if row["phase"] == "curve" and row["method"] == "passes-20"]
+        assert train.curves(rows, key)["passes-20"] == pytest.approx(values)
+    last = [row["dice"] for row in outside if row["method"] == "passes-20"]
+    assert last == [row["dice"] for row in rows if row.get("pass") == 20 and row["method"] == "passes-20"]
     folder = tmp_path / "run" / "seed0-Cedar"
     site = data.simulate_sites("prostate", 0, 24, 6, 3)[2].everything()
     models = [iopfl.with_state(UNet(1, 2, 4, 1), torch.load(folder / f"{name}.pt", weights_only=True))

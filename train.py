@@ -309,7 +309,8 @@ def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: 
         def after_pass(number: int) -> None:
             if method.curve:
                 prediction = router.predict(routed, split.images).argmax(dim=1)
-                report("curve", name, site, split, prediction, **{"pass": number})
+                area = (prediction > 0).float().mean().item()  # share of the image
+                report("curve", name, site, split, prediction, **{"pass": number, "area": area})
 
         if method is None:
             predictions[name] = oracle(args, global_model, split, task.seed)
@@ -410,8 +411,11 @@ def tables(rows: list[dict], unit: str) -> str:
             parts.append(f"{phase.capitalize()}, {images}, Dice in %\n{table(rows, phase, unit)}")
         if reference in methods and len(methods) > 1:
             parts.append(compare(rows, phase, reference))
-    for method, values in curves(rows).items():
-        parts.append(f"{method}, mean Dice after pass 0, 1, 2 …:\n" + " ".join(f"{value:.1f}" for value in values))
+    for method, dice in curves(rows, "dice").items():
+        lines = [f"{method} after pass 0, 1, 2 …"]
+        for title, values in (("Dice in %", dice), ("foreground predicted, % of the image", curves(rows, "area")[method])):
+            lines.append(f"  {title}: " + " ".join(f"{value:.1f}" for value in values))
+        parts.append("\n".join(lines))
     return "\n" + "\n\n".join(parts)
 
 
@@ -438,15 +442,13 @@ def sign_test(wins: int, losses: int) -> float:
     return min(1.0, 2 * sum(math.comb(count, k) for k in range(max(wins, losses), count + 1)) / 2**count)
 
 
-def curves(rows: list[dict]) -> dict[str, list[float]]:
-    """Mean Dice in % over everything after each pass, by method."""
-    result: dict[str, list] = {}
+def curves(rows: list[dict], key: str) -> dict[str, list[float]]:
+    """Mean of "dice" or "area" in % over everything after pass 0, 1, 2 …, by method."""
+    result: dict[str, dict] = {}
     for row in rows:
         if row["phase"] == "curve":
-            passes = result.setdefault(row["method"], [])
-            passes += [[] for _ in range(row["pass"] + 1 - len(passes))]
-            passes[row["pass"]].append(100 * row["dice"])
-    return {method: [float(np.mean(values)) for values in passes] for method, passes in result.items()}
+            result.setdefault(row["method"], {}).setdefault(row["pass"], []).append(100 * row[key])
+    return {method: [float(np.mean(values)) for values in passes.values()] for method, passes in result.items()}
 
 
 # ---------------------------------------------------------------- pictures
@@ -643,8 +645,8 @@ def main(argv: list[str] | None = None) -> int:
     routings = [result["routing"] for result in results if result["routing"]]
     if routings:
         draw_routing(routings, folder / "routing.png")
-    if curves(rows):
-        draw_curves(curves(rows), folder / "curves.png")
+    if curves(rows, "dice"):
+        draw_curves(curves(rows, "dice"), folder / "curves.png")
     if out.exists():
         shutil.rmtree(out)
     folder.rename(out)
