@@ -30,9 +30,9 @@ class RoutingSettings:
     match_floor: float = 0.05  # "matched": smaller differences of divergence are not worth telling apart
     global_share: float | None = 0.5  # "matched": part of the last, global expert where all match alike; None: 1 / M
     mix_batchnorm: bool = True  # BatchNorm mixed like the kernels; False: the last (global) expert's
-    statistics: str = "site"  # of BatchNorm: "running", "batch", or "site", measured once on its images (see below)
+    statistics: str = "site"  # of BatchNorm: "running", of the "batch", or of the "site", measured on its images
     share: float = 1.0  # "batch": of the batch's statistics against the running ones
-    tolerance: float = 0.02  # "site": divergence of a channel at which half of the site's statistics is taken
+    tolerance: float = 0.02  # "site": divergence from the global model at which half of its statistics is taken
     entropy: float = 0.0  # λ_ent, weight of M8
     consistency: float = 1.0  # λ_con, weight of M6
     shape: float = 0.02  # λ_shape, weight of M7
@@ -155,9 +155,8 @@ class RoutedBatchNorm2d(nn.Module):
 
     With `mix` off, those of the last expert. `delta_weight` and `delta_bias` (C,) are what adaptation adds
     to the affine. Statistics: (1-s) · running + s · own; train and eval mode do not matter. Own are those of the
-    batch, with one s for all channels, or those of the site, which `measure_site` counts up, with
-    s = KL² / (KL² + tolerance²), KL(site ‖ running) of two Gaussians, channel by channel: what looks as it did in
-    the federation is left alone. Source: published code (last expert, batch, s = 1); the rest: ours.
+    batch, or those of the site, which `measure_site` counts up, with the s that `prepare` set.
+    Source: published code (last expert, batch, s = 1); the rest: ours.
     """
 
     def __init__(self, experts: list[nn.BatchNorm2d], trace: Trace, settings: RoutingSettings):
@@ -176,6 +175,7 @@ class RoutedBatchNorm2d(nn.Module):
             self.register_buffer("site_mean", torch.zeros_like(norm.running_mean))
             self.register_buffer("site_square", torch.zeros_like(norm.running_var))
             self.register_buffer("site_images", torch.zeros((), dtype=torch.long))
+            self.register_buffer("site_share", torch.zeros_like(norm.running_var[0]))
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the same shape."""
@@ -185,21 +185,16 @@ class RoutedBatchNorm2d(nn.Module):
             routing = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts).to(x)  # (1, M)
         if self.measuring:
             self._measure(x.detach())
-        if self.running_mean is None:
+        mean = variance = share = 0.0
+        if self.running_mean is None or self.statistics == "batch":
+            share = 1.0 if self.running_mean is None else self.settings.share
             mean, variance = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)  # (C,)
-        else:
-            mean, variance = routing @ self.running_mean, routing @ self.running_var  # (N or 1, C)
-            if self.statistics == "batch":
-                share = self.settings.share
-                mean = (1 - share) * mean + share * x.mean(dim=(0, 2, 3))
-                variance = (1 - share) * variance + share * x.var(dim=(0, 2, 3), correction=0)
-            elif self.statistics == "site" and self.site_images > 0:
-                own = (self.site_square - self.site_mean.square()).clamp_min(0)
-                divergence = gaussian_divergence(self.site_mean, own, mean, variance, self.eps).detach()
-                square = divergence.square()
-                share = square / (square + self.settings.tolerance**2).clamp_min(1e-12)  # (N or 1, C)
-                mean = mean + share * (self.site_mean - mean)
-                variance = variance + share * (own - variance)
+        elif self.statistics == "site":
+            share = self.site_share
+            mean, variance = self.site_mean, (self.site_square - self.site_mean.square()).clamp_min(0)
+        if self.running_mean is not None:
+            mean = share * mean + (1 - share) * (routing @ self.running_mean)  # (N or 1, C)
+            variance = share * variance + (1 - share) * (routing @ self.running_var)
         scale = (variance + self.eps).rsqrt()
         shift = -mean * scale
         if self.affine:
@@ -236,6 +231,10 @@ class RoutedNetwork(nn.Module):
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
+
+    def norms(self) -> list[RoutedBatchNorm2d]:
+        """Those whose experts keep running statistics."""
+        return [m for m in self.modules() if isinstance(m, RoutedBatchNorm2d) and m.running_mean is not None]
 
     def adaptable_parameters(self) -> list[nn.Parameter]:
         """Everything that adaptation may move: the routers and what is added to BatchNorm's affine."""
@@ -383,25 +382,16 @@ def adaptation_loss(routed: RoutedNetwork, images: Tensor, generator: torch.Gene
 
 
 # ---------------------------------------------------------------- adaptation
-def gaussian_divergence(mean: Tensor, variance: Tensor, own_mean: Tensor, own_variance: Tensor, eps: float) -> Tensor:
-    """KL(N(mean, variance) ‖ N(own_mean, own_variance)) of each channel, at least 0; eps is added to variances."""
-    ratio = (variance + eps) / (own_variance + eps)
-    return (ratio + (mean - own_mean).square() / (own_variance + eps) - 1 - ratio.log()) / 2
-
-
 @torch.no_grad()
 def measure_site(routed: RoutedNetwork, images: Tensor) -> None:
     """Let every BatchNorm count the images (N, C_in, H, W) into the site's statistics. All go through in one batch,
     since each layer's inputs depend on the statistics of the layers before."""
-    norms = [m for m in routed.modules() if isinstance(m, RoutedBatchNorm2d) and m.running_mean is not None]
-    if routed.settings.statistics != "site":
-        return
-    for norm in norms:
+    for norm in routed.norms():
         norm.measuring = True
     try:
         routed(images)
     finally:
-        for norm in norms:
+        for norm in routed.norms():
             norm.measuring = False
 
 
@@ -413,7 +403,7 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
     compared with the running ones by the divergence KL(images ‖ expert) of two Gaussians per channel;
     then averaged over channels and layers. Raises ValueError where no BatchNorm keeps running statistics. Ours.
     """
-    norms = [m for m in routed.modules() if isinstance(m, RoutedBatchNorm2d) and m.running_mean is not None]
+    norms = routed.norms()
     if not norms:
         raise ValueError("match_statistics: no BatchNorm2d with running statistics; use start='uniform'")
     sums: dict = {}
@@ -433,8 +423,10 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
             layers = []
             for norm in norms:
                 mean, square = sums[norm] / len(images)
-                layers.append(gaussian_divergence(mean, (square - mean.square()).clamp_min(0), norm.running_mean[expert],
-                                                  norm.running_var[expert], norm.eps).mean())
+                variance = (square - mean.square()).clamp_min(0) + norm.eps
+                own_mean, own_variance = norm.running_mean[expert], norm.running_var[expert] + norm.eps
+                layers.append(((variance + (mean - own_mean).square()) / own_variance - 1
+                               - (variance / own_variance).log()).mean() / 2)
             divergences.append(torch.stack(layers).mean())
     finally:
         for handle in handles:
@@ -456,15 +448,25 @@ def matched_weights(divergence: Tensor, floor: float = 0.0, global_share: float 
 
 
 def prepare(routed: RoutedNetwork, images: Tensor) -> None:
-    """Before the first step: the start by `settings.start`, then the site's statistics."""
+    """Before the first step: where routing starts, and how much of the site's statistics is taken.
+
+    Their share is 1 / (1 + (tolerance / D)⁴), D the divergence from the last, global expert: a site that looks like
+    the federation keeps running statistics, learnt from more images than it has. Ours.
+    """
     settings = routed.settings
-    if settings.start in ("matched", "best"):
+    own_statistics = settings.statistics == "site" and bool(routed.norms())
+    if own_statistics or settings.start in ("matched", "best"):
         divergence = match_statistics(routed, images)
-        routed.start_at(F.one_hot(divergence.argmin(), routed.experts) if settings.start == "best" else
-                        matched_weights(divergence, settings.match_floor, settings.global_share))
+        if settings.start == "best":
+            routed.start_at(F.one_hot(divergence.argmin(), routed.experts))
+        elif settings.start == "matched":
+            routed.start_at(matched_weights(divergence, settings.match_floor, settings.global_share))
+        for norm in routed.norms():
+            norm.site_share.fill_(1 / (1 + (settings.tolerance / divergence[-1].clamp_min(1e-12)) ** 4))
+    if own_statistics:
+        # At most 64 images, spread over the site, since neighbours may be slices of one patient.
+        measure_site(routed, images[torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()])
     routed.start = {name: value.detach().clone() for name, value in routed.named_parameters()}
-    # At most 64 images, spread over the site, since neighbours may be slices of one patient.
-    measure_site(routed, images[torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()])
 
 
 def step(routed: RoutedNetwork, optimiser: torch.optim.Optimizer, images: Tensor, generator: torch.Generator) -> None:
@@ -510,7 +512,7 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, 
     if online:
         predictions = []
         for number, batch in enumerate(batches):
-            if number or not first:
+            if settings.statistics == "site" and (number or not first):
                 measure_site(routed, batch)
             step(routed, optimiser, batch, generator)
             predictions.append(predict(routed, batch))

@@ -636,26 +636,28 @@ def test_divergence_by_hand():
 
 
 def test_site_statistics_by_hand():
-    """One BatchNorm: share = KL² / (KL² + tolerance²), channel by channel; counted over batches as over all images."""
+    """One BatchNorm: share = 1 / (1 + (tolerance / KL)⁴); counted over batches as over all images."""
     model = randomise(nn.Sequential(nn.BatchNorm2d(3)), 0).double()
     norm = model[0]
     x = torch.randn(6, 3, 5, 5, generator=seeded(), dtype=torch.float64) * torch.tensor([1.0, 3.0, 0.2])[:, None, None]
     mean, var = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
     ratio = (var + norm.eps) / (norm.running_var + norm.eps)
-    divergence = ((mean - norm.running_mean) ** 2 / (norm.running_var + norm.eps) + ratio - 1 - ratio.log()) / 2
-    share = divergence**2 / (divergence**2 + 0.3**2)
-    assert share.min() < 0.5 < share.max()
-    expected = F.batch_norm(x, (1 - share) * norm.running_mean + share * mean,
-                            (1 - share) * norm.running_var + share * var, norm.weight, norm.bias)
-    routed = router.build_routed([model], router.RoutingSettings(tolerance=0.3))
-    assert torch.allclose(routed(x), model(x), atol=1e-10)  # not measured yet: as trained
-    router.measure_site(routed, x[:2])
-    router.measure_site(routed, x[2:])
-    assert torch.allclose(routed(x), expected, atol=1e-10)
-    assert torch.equal(routed(x[:1]), routed(x)[:1])  # no image depends on its neighbours
-    whole = router.build_routed([model], router.RoutingSettings(tolerance=0.0))
-    router.measure_site(whole, x)
-    assert torch.allclose(whole(x), F.batch_norm(x, mean, var, norm.weight, norm.bias), atol=1e-10)
+    divergence = (((mean - norm.running_mean) ** 2 / (norm.running_var + norm.eps) + ratio - 1 - ratio.log()) / 2).mean()
+    for tolerance in (0.0, 0.7 * divergence.item(), 1e6):
+        share = 1 / (1 + (tolerance / divergence) ** 4)
+        expected = F.batch_norm(x, (1 - share) * norm.running_mean + share * mean,
+                                (1 - share) * norm.running_var + share * var, norm.weight, norm.bias)
+        settings = router.RoutingSettings(tolerance=tolerance, start="uniform", passes=0, batch_size=4)
+        routed = router.build_routed([model], settings)
+        assert torch.allclose(routed(x), model(x), atol=1e-10)  # not measured yet: as trained
+        assert torch.allclose(router.adapt(routed, x, generator=seeded()), expected.softmax(1), atol=1e-7)
+        assert torch.allclose(routed(x), expected, atol=1e-6)
+        assert torch.equal(routed(x[:1]), routed(x)[:1])  # no image depends on its neighbours
+        for buffer in (routed.network[0].site_mean, routed.network[0].site_square, routed.network[0].site_images):
+            buffer.zero_()
+        router.measure_site(routed, x[:2])
+        router.measure_site(routed, x[2:])
+        assert torch.allclose(routed(x), expected, atol=1e-6)
 
 
 def test_leash_bounds_the_change_of_area():
