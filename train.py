@@ -292,13 +292,14 @@ def run_anew(args: argparse.Namespace, task: Task) -> dict:
     if task.outside:
         site = next(site for site in sites if site.name == task.hold_out)
         experts = {name: iopfl.with_state(model, state) for name, state in last.own["iopfl"].items()}
-        routing = run_outside(args, task, site, {**experts, "global": iopfl.with_state(model, last.global_state)}, report)
+        experts["global"] = iopfl.with_state(model, last.global_state)
+        routing = run_outside(args, task, site, experts, structures, report)
     return {"rows": found, "routing": routing,
             "seconds": {"inside": trained - start, "outside": time.perf_counter() - trained}}
 
 
 def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: dict[str, torch.nn.Module],
-                report: Callable) -> dict | None:
+                structures: dict, report: Callable) -> dict | None:
     """All methods outside on all images of the site; returns the mean routing weights of "routing"."""
     split = site.everything()  # no label of it was used: every image is a test image
     *personal, global_model = experts.values()
@@ -330,7 +331,7 @@ def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: 
             draw_heat_map(routing["weights"], [layer.removeprefix("network.") for layer in layers], list(experts),
                           task.folder / "routing.png")
     if {"global", "routing"} <= predictions.keys():
-        draw_outside(split, predictions, task.folder / "outside.png")
+        draw_outside(split, predictions, structures, task.folder / "outside.png")
     return routing
 
 
@@ -498,10 +499,11 @@ def draw_hospitals(sites: list[data.Site], path: Path) -> None:
     draw_grid(cells, [site.name for site in sites], titles, path)
 
 
-def draw_outside(split: data.Split, predictions: dict[str, Tensor], path: Path) -> None:
+def draw_outside(split: data.Split, predictions: dict[str, Tensor], structures: dict, path: Path) -> None:
     """Six images outside, from the greatest loss to the greatest gain by routing: truth, global, routed contours."""
-    dice = np.array([[iopfl.dice((p > 0).cpu().numpy(), (m > 0).cpu().numpy()) for p, m in
-                      zip(predictions[method], split.masks)] for method in ("global", "routing")])
+    dice = np.array([[np.mean([iopfl.dice(np.isin(p, classes), np.isin(m, classes)) for classes in structures.values()])
+                      for p, m in zip(predictions[method].cpu().numpy(), split.masks.cpu().numpy())]
+                     for method in ("global", "routing")])
     gains = dice[1] - dice[0]
     order = np.argsort(gains, kind="stable")[np.linspace(0, len(gains) - 1, min(6, len(gains))).astype(int)]
     cells, labels = [], []
