@@ -203,7 +203,8 @@ def chosen_methods(args: argparse.Namespace, hold_out: str | None) -> tuple[dict
     if args.authors:
         outside["routing"] = OUTSIDE["routing-authors"]
     groups = {"all": METHODS if hold_out is None else OUTSIDE,
-              "ablations": INSIDE_ABLATIONS if hold_out is None else OUTSIDE_ABLATIONS}
+              "ablations": ["fedavg", "iopfl", *INSIDE_ABLATIONS] if hold_out is None else
+              ["global", "routing", *OUTSIDE_ABLATIONS]}
     names = set().union(*(groups.get(name, [name]) for name in args.methods))
     if hold_out is not None:
         names |= {"fedavg", "iopfl"}
