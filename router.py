@@ -169,8 +169,7 @@ class RoutedBatchNorm2d(nn.Module):
             self.delta_weight = nn.Parameter(torch.zeros_like(norm.weight))
             self.delta_bias = nn.Parameter(torch.zeros_like(norm.bias))
         self.affine, self.eps, self.experts, self.trace = norm.affine, norm.eps, len(experts), trace
-        self.mix, self.settings, self.measuring = settings.mix_batchnorm, settings, False
-        self.statistics = settings.statistics
+        self.mix, self.statistics, self.settings = settings.mix_batchnorm, settings.statistics, settings
         if norm.track_running_stats:
             self.register_buffer("site_mean", torch.zeros_like(norm.running_mean))
             self.register_buffer("site_square", torch.zeros_like(norm.running_var))
@@ -183,8 +182,6 @@ class RoutedBatchNorm2d(nn.Module):
             routing = self.trace.latest / self.trace.latest.sum(dim=1, keepdim=True)  # (N, M)
         else:
             routing = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts).to(x)  # (1, M)
-        if self.measuring:
-            self._measure(x.detach())
         mean = variance = share = 0.0
         if self.running_mean is None or self.statistics == "batch":
             share = 1.0 if self.running_mean is None else self.settings.share
@@ -202,12 +199,6 @@ class RoutedBatchNorm2d(nn.Module):
             scale, shift = scale * gain, shift * gain + routing @ self.bias + self.delta_bias
         scale, shift = (v.expand(len(x), -1)[:, :, None, None] for v in (scale, shift))
         return x * scale + shift
-
-    def _measure(self, x: Tensor) -> None:
-        self.site_images += len(x)
-        step = len(x) / self.site_images
-        self.site_mean.lerp_(x.mean(dim=(0, 2, 3)), step)
-        self.site_square.lerp_(x.square().mean(dim=(0, 2, 3)), step)
 
 
 class RoutedNetwork(nn.Module):
@@ -252,8 +243,8 @@ class RoutedNetwork(nn.Module):
         """Back to the network as built, before any adaptation."""
         for name, parameter in self.named_parameters():
             parameter.copy_(self._built[name])
-        for name, buffer in self.named_buffers():
-            if name.rpartition(".")[2].startswith("site_"):
+        for norm in self.norms():
+            for buffer in (norm.site_mean, norm.site_square, norm.site_images, norm.site_share):
                 buffer.zero_()
         self.start = None
 
@@ -382,17 +373,29 @@ def adaptation_loss(routed: RoutedNetwork, images: Tensor, generator: torch.Gene
 
 
 # ---------------------------------------------------------------- adaptation
+@contextmanager
+def watched(routed: RoutedNetwork, watch: Callable[[RoutedBatchNorm2d, Tensor], None]):
+    """Within this context `watch` is given every BatchNorm and its inputs (N, C, H, W), before it sees them itself."""
+    handles = [norm.register_forward_pre_hook(lambda norm, inputs: watch(norm, inputs[0])) for norm in routed.norms()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 @torch.no_grad()
 def measure_site(routed: RoutedNetwork, images: Tensor) -> None:
     """Let every BatchNorm count the images (N, C_in, H, W) into the site's statistics. All go through in one batch,
     since each layer's inputs depend on the statistics of the layers before."""
-    for norm in routed.norms():
-        norm.measuring = True
-    try:
+    def count(norm: RoutedBatchNorm2d, x: Tensor) -> None:
+        norm.site_images += len(x)
+        part = len(x) / norm.site_images
+        norm.site_mean.lerp_(x.mean(dim=(0, 2, 3)), part)
+        norm.site_square.lerp_(x.square().mean(dim=(0, 2, 3)), part)
+
+    with watched(routed, count):
         routed(images)
-    finally:
-        for norm in routed.norms():
-            norm.measuring = False
 
 
 @torch.no_grad()
@@ -408,29 +411,24 @@ def match_statistics(routed: RoutedNetwork, images: Tensor) -> Tensor:
         raise ValueError("match_statistics: no BatchNorm2d with running statistics; use start='uniform'")
     sums: dict = {}
 
-    def observe(norm: RoutedBatchNorm2d, inputs: tuple[Tensor]) -> None:
-        x = inputs[0].double()
+    def add(norm: RoutedBatchNorm2d, x: Tensor) -> None:
+        x = x.double()
         sums[norm] = sums.get(norm, 0) + len(x) * torch.stack([x.mean(dim=(0, 2, 3)), x.square().mean(dim=(0, 2, 3))])
 
-    handles = [norm.register_forward_pre_hook(observe) for norm in norms]
     divergences = []
-    try:
-        for expert, weights in enumerate(torch.eye(routed.experts)):
-            sums.clear()
-            with fixed_routing(routed, weights):
-                for batch in images.split(routed.settings.batch_size):
-                    routed(batch)
-            layers = []
-            for norm in norms:
-                mean, square = sums[norm] / len(images)
-                variance = (square - mean.square()).clamp_min(0) + norm.eps
-                own_mean, own_variance = norm.running_mean[expert], norm.running_var[expert] + norm.eps
-                layers.append(((variance + (mean - own_mean).square()) / own_variance - 1
-                               - (variance / own_variance).log()).mean() / 2)
-            divergences.append(torch.stack(layers).mean())
-    finally:
-        for handle in handles:
-            handle.remove()
+    for expert, weights in enumerate(torch.eye(routed.experts)):
+        sums.clear()
+        with fixed_routing(routed, weights), watched(routed, add):
+            for batch in images.split(routed.settings.batch_size):
+                routed(batch)
+        layers = []
+        for norm in norms:
+            mean, square = sums[norm] / len(images)
+            variance = (square - mean.square()).clamp_min(0) + norm.eps
+            own_mean, own_variance = norm.running_mean[expert], norm.running_var[expert] + norm.eps
+            layers.append(((variance + (mean - own_mean).square()) / own_variance - 1
+                           - (variance / own_variance).log()).mean() / 2)
+        divergences.append(torch.stack(layers).mean())
     return torch.stack(divergences).float()
 
 

@@ -87,6 +87,7 @@ OUTSIDE_ABLATIONS = {
     "passes-20": Outside(settings=replace(ROUTING, passes=20), curve=True),
     "passes-20-free": Outside(settings=replace(ROUTING, passes=20, leash=math.inf), curve=True),  # no leash
 }
+KNOWN = [*METHODS, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -117,8 +118,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, "--hold-out", "hospital outside the federation, all (each in turn) or none (default the last)",
         metavar="SITE")
     add(group, "--seeds", "one federation for each seed", type=int, nargs="+", metavar="N")
-    known = [*METHODS, *OUTSIDE, *INSIDE_ABLATIONS, *OUTSIDE_ABLATIONS]
-    add(group, "--methods", f"all, ablations, or some of {', '.join(known)}; all and ablations mean those inside "
+    add(group, "--methods", f"all, ablations, or some of {', '.join(KNOWN)}; all and ablations mean those inside "
         "where every hospital is inside, else those outside", nargs="+", metavar="M")
     group = parser.add_argument_group("federation")
     add(group, "--rounds", "federated rounds")
@@ -144,9 +144,9 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("size", "sites", "rounds", "local_epochs", "batch_size", "lr", "width", "depth"):
         if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
-    unknown = set(args.methods) - {"all", "ablations", *known}
+    unknown = set(args.methods) - {"all", "ablations", *KNOWN}
     if unknown:
-        parser.error(f"--methods: {', '.join(sorted(unknown))} unknown; there are all, ablations, {', '.join(known)}")
+        parser.error(f"--methods: {', '.join(sorted(unknown))} unknown; there are all, ablations, {', '.join(KNOWN)}")
     if args.jobs is not None and args.jobs < 1:
         parser.error(f"--jobs must be at least 1, not {args.jobs}")
     if not 0 <= args.alpha <= 1:
@@ -213,15 +213,6 @@ def chosen_methods(args: argparse.Namespace, hold_out: str | None) -> tuple[dict
 
 
 # ---------------------------------------------------------------- one federation and its outside hospital
-def once(path: Path, work: Callable[[], dict]) -> dict:
-    """What `work` returned, as JSON; kept in `path`, so that a run that goes on need not do it again."""
-    if not path.exists():
-        partial = path.with_suffix(".partial")
-        partial.write_text(json.dumps(work()))
-        partial.rename(path)
-    return json.loads(path.read_text())
-
-
 @dataclass(frozen=True)
 class Task:
     """A federation, with the methods inside that share it, and what follows for the hospital outside."""
@@ -249,15 +240,24 @@ def plan(args: argparse.Namespace, hold_outs: list[str | None], folder: Path) ->
     return tasks
 
 
-def run(args: argparse.Namespace, task: Task) -> dict:
-    """Rows of results.json, mean routing weights and seconds of a task; models and pictures go to its folder."""
-    task.folder.mkdir(parents=True, exist_ok=True)
-    return once(task.folder / f"{next(iter(task.inside))}.json", lambda: run_anew(args, task))
+def run(args: argparse.Namespace, task: Task, loaded: tuple | None = None) -> dict:
+    """Rows of results.json, mean routing weights and seconds of a task; models and pictures go to its folder.
+
+    loaded: what `load_sites` gives for its seed. The result is kept as JSON: a run that goes on only reads it.
+    """
+    path = task.folder / f"{next(iter(task.inside))}.json"
+    if not path.exists():
+        task.folder.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text(json.dumps(run_anew(args, task, loaded or load_sites(args, task.seed))))
+        partial.rename(path)
+    return json.loads(path.read_text())
 
 
-def run_anew(args: argparse.Namespace, task: Task) -> dict:
+def run_anew(args: argparse.Namespace, task: Task, loaded: tuple) -> dict:
+    torch.backends.cudnn.deterministic = True  # here, since it holds for one process
     start = time.perf_counter()
-    sites, channels, classes, structures = load_sites(args, task.seed)
+    sites, channels, classes, structures = loaded
     inside = [site for site in sites if site.name != task.hold_out]
     model = UNet(channels, classes, args.width, args.depth, torch.Generator().manual_seed(task.seed))
     model = model.to(args.device, memory_format=torch.channels_last)
@@ -387,17 +387,17 @@ def table(rows: list[dict], phase: str, unit: str) -> str:
     width = 2 + max(11 if len(seeds) > 1 else 7, *(len(title) for *_, title in columns))
     lines = [f"{'':33}" + "".join(f"{title:>{width}}" for *_, title in columns)]
     for label, group in groups:
-        values = {m: [per_seed(key, m, group, chosen) for key, chosen, _ in columns] for m in methods}
-        for method in methods:
-            cells = []
-            for number, (key, *_) in enumerate(columns):
-                means = [values[m][number].mean() for m in methods if m not in CEILINGS]
-                mean = values[method][number].mean()
-                best = None if method in CEILINGS else max(means) if key == "dice" else min(means)
-                scale, digits = (100, 1) if key == "dice" else (1, 2)
-                spread = f"±{scale * values[method][number].std(ddof=1):.{digits}f}" if len(seeds) > 1 else ""
-                cells.append(f"{scale * mean:.{digits}f}{spread}{'*' if mean == best else ' '}".rjust(width))
-            lines.append(f"{label:10.10} {method + ' (ceiling)' * (method in CEILINGS):22}" + "".join(cells))
+        texts = {method: f"{label:10.10} {method + ' (ceiling)' * (method in CEILINGS):22}" for method in methods}
+        for key, chosen, _ in columns:
+            values = {method: per_seed(key, method, group, chosen) for method in methods}
+            means = [values[method].mean() for method in methods if method not in CEILINGS]
+            best, scale, digits = (max(means), 100, 1) if key == "dice" else (min(means), 1, 2)
+            for method in methods:
+                mean = values[method].mean()
+                spread = f"±{scale * values[method].std(ddof=1):.{digits}f}" if len(seeds) > 1 else ""
+                star = "*" if mean == best and method not in CEILINGS else " "
+                texts[method] += f"{scale * mean:.{digits}f}{spread}{star}".rjust(width)
+        lines += texts.values()
     missing = sum(row["cases"] - row["distance_cases"] for row in rows)
     if missing:
         lines.append(f"HD95 and ASSD leave out {missing} of {sum(row['cases'] for row in rows)} cases: no mask at all")
@@ -413,9 +413,10 @@ def tables(rows: list[dict], unit: str) -> str:
             parts.append(f"{phase.capitalize()}, {images}, Dice in %\n{table(rows, phase, unit)}")
         if reference in methods and len(methods) > 1:
             parts.append(compare(rows, phase, reference))
-    for method, dice in curves(rows, "dice").items():
+    dice, areas = curves(rows, "dice"), curves(rows, "area")
+    for method in dice:
         lines = [f"{method} after pass 0, 1, 2 …"]
-        for title, values in (("Dice in %", dice), ("foreground predicted, % of the image", curves(rows, "area")[method])):
+        for title, values in (("Dice in %", dice[method]), ("foreground predicted, % of the image", areas[method])):
             lines.append(f"  {title}: " + " ".join(f"{value:.1f}" for value in values))
         parts.append("\n".join(lines))
     return "\n" + "\n\n".join(parts)
@@ -595,10 +596,14 @@ def open_folder(out: Path, settings: dict, overwrite: bool) -> Path:
     return folder
 
 
-def run_all(args: argparse.Namespace, tasks: list[Task]) -> Iterator[tuple[Task, dict]]:
-    """The tasks with their results, as they come, from `args.jobs` processes."""
+def run_all(args: argparse.Namespace, tasks: list[Task], loaded: tuple) -> Iterator[tuple[Task, dict]]:
+    """The tasks with their results, as they come, from `args.jobs` processes; loaded: the sites of the first seed."""
     if args.jobs == 1:
-        yield from ((task, run(args, task)) for task in tasks)
+        seed = args.seeds[0]
+        for task in tasks:
+            if task.seed != seed:
+                seed, loaded = task.seed, load_sites(args, task.seed)
+            yield task, run(args, task, loaded)
         return
     threads = max(1, torch.get_num_threads() // args.jobs)
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
@@ -614,27 +619,25 @@ def main(argv: list[str] | None = None) -> int:
     settings = {**{name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "jobs")},
                 "routing": asdict(AUTHORS if args.authors else ROUTING)}
     try:
-        sites, *_ = load_sites(args, args.seeds[0])
-        chosen = hold_outs(args.hold_out, [site.name for site in sites])
+        loaded = load_sites(args, args.seeds[0])
+        chosen = hold_outs(args.hold_out, [site.name for site in loaded[0]])
         folder = open_folder(out, settings, args.overwrite)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    torch.backends.cudnn.deterministic = True
-    draw_hospitals(sites, folder / "hospitals.png")
+    draw_hospitals(loaded[0], folder / "hospitals.png")
     tasks = plan(args, chosen, folder)
     if args.jobs is None:
         args.jobs = 1 if args.device == "cuda" else min(len(tasks), torch.get_num_threads())
     results = []
-    for task, result in run_all(args, tasks):
+    for task, result in run_all(args, tasks, loaded):
         results.append(result)
         if len(tasks) > 1:
             left = (time.perf_counter() - begin) * (len(tasks) / len(results) - 1)
             print(f"{task}: done, {len(results)} of {len(tasks)}, {left / 60:.0f} min left", flush=True)
-    known = [*METHODS, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
     places = [(seed, hold_out) for seed in args.seeds for hold_out in chosen]
     rows = sorted((row for result in results for row in result["rows"]),
-                  key=lambda row: (places.index((row["seed"], row["hold_out"])), known.index(row["method"])))
+                  key=lambda row: (places.index((row["seed"], row["hold_out"])), KNOWN.index(row["method"])))
     seconds = {phase: sum(result["seconds"][phase] for result in results) for phase in ("inside", "outside")}
     seconds["total"] = time.perf_counter() - begin
     peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
@@ -648,8 +651,9 @@ def main(argv: list[str] | None = None) -> int:
     routings = [result["routing"] for result in results if result["routing"]]
     if routings:
         draw_routing(routings, folder / "routing.png")
-    if curves(rows, "dice"):
-        draw_curves(curves(rows, "dice"), folder / "curves.png")
+    dice_by_pass = curves(rows, "dice")
+    if dice_by_pass:
+        draw_curves(dice_by_pass, folder / "curves.png")
     if out.exists():
         shutil.rmtree(out)
     folder.rename(out)
