@@ -223,6 +223,11 @@ class Task:
     outside: dict[str, Outside | None]
     folder: Path
 
+    @property
+    def result(self) -> Path:
+        """Where its result is kept, so that a run that goes on only reads it."""
+        return self.folder / f"{next(iter(self.inside))}.json"
+
     def __str__(self) -> str:
         return f"seed {self.seed}, outside: {self.hold_out or 'none'}, {' '.join([*self.inside, *self.outside])}"
 
@@ -243,15 +248,14 @@ def plan(args: argparse.Namespace, hold_outs: list[str | None], folder: Path) ->
 def run(args: argparse.Namespace, task: Task, loaded: tuple | None = None) -> dict:
     """Rows of results.json, mean routing weights and seconds of a task; models and pictures go to its folder.
 
-    loaded: what `load_sites` gives for its seed. The result is kept as JSON: a run that goes on only reads it.
+    loaded: what `load_sites` gives for its seed.
     """
-    path = task.folder / f"{next(iter(task.inside))}.json"
-    if not path.exists():
+    if not task.result.exists():
         task.folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
+        partial = task.result.with_suffix(".partial")
         partial.write_text(json.dumps(run_anew(args, task, loaded or load_sites(args, task.seed))))
-        partial.rename(path)
-    return json.loads(path.read_text())
+        partial.rename(task.result)
+    return json.loads(task.result.read_text())
 
 
 def run_anew(args: argparse.Namespace, task: Task, loaded: tuple) -> dict:
@@ -629,11 +633,11 @@ def main(argv: list[str] | None = None) -> int:
     tasks = plan(args, chosen, folder)
     if args.jobs is None:
         args.jobs = 1 if args.device == "cuda" else min(len(tasks), torch.get_num_threads())
-    results = []
+    results, kept = [], sum(task.result.exists() for task in tasks)
     for task, result in run_all(args, tasks, loaded):
         results.append(result)
         if len(tasks) > 1:
-            left = (time.perf_counter() - begin) * (len(tasks) / len(results) - 1)
+            left = (time.perf_counter() - begin) * (len(tasks) - len(results)) / max(1, len(results) - kept)
             print(f"{task}: done, {len(results)} of {len(tasks)}, {left / 60:.0f} min left", flush=True)
     places = [(seed, hold_out) for seed in args.seeds for hold_out in chosen]
     rows = sorted((row for result in results for row in result["rows"]),
