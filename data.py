@@ -1,4 +1,4 @@
-"""Where images come from: simulated hospitals of two tasks, or a folder of real images.
+"""Where images come from: simulated hospitals of two tasks, or folders of real images and volumes.
 
 The simulated hospitals were calibrated with local training and FedAvg only, on seed 100, which no table
 reports (train.py's defaults: 96 × 96, 60 images a hospital, 30 rounds). FedAvg over all six, mean foreground
@@ -11,11 +11,15 @@ Replacing the global model's BatchNorm statistics by those of the hospital held 
     Crane -1.4, Finch +6.6, Heron +7.7, Plover +21.4, Robin -0.7, Swift +10.1 points.
 
 Everything here is ours. Images are float32, each normalised to mean 0 and variance 1 over all its
-pixels and channels together (a colour cast stays, a scanner's gain goes); masks are int64 class indices.
+pixels and channels together (a colour cast stays, a scanner's gain goes); masks are uint8 class indices.
 """
 
+import os
+import tempfile
 import zlib
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -27,41 +31,123 @@ STRUCTURES = {"prostate": {"prostate": (1,)}, "fundus": {"disc": (1, 2), "cup": 
 CHANNELS = {"prostate": 1, "fundus": 3}
 
 
+class Gathered:
+    """Images (N, C, H, W) float32 that look like a tensor but are put together only when asked for."""
+
+    def split(self, size: int) -> Iterator[Tensor]:
+        return (self[start:start + size] for start in range(0, len(self), size))
+
+
+class Stored(Gathered):
+    """Images that lie in a temporary file: however many there are, only those asked for are in memory."""
+
+    def __init__(self, shape: tuple[int, ...], device: str):
+        self.shape, self.device, self.count, self.file = shape, device, 0, tempfile.TemporaryFile()
+
+    def append(self, images: np.ndarray) -> None:
+        """Add (n, C, H, W)."""
+        self.file.write(np.ascontiguousarray(images, dtype=np.float32))
+        self.count += len(images)
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, chosen) -> Tensor:
+        chosen = chosen.cpu() if isinstance(chosen, Tensor) else chosen
+        numbers, each = np.arange(self.count)[chosen], 4 * int(np.prod(self.shape))
+        self.file.flush()
+        rows = [os.pread(self.file.fileno(), each, each * int(number)) for number in numbers]
+        images = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(-1, *self.shape)
+        return torch.from_numpy(images.copy()).to(self.device, memory_format=torch.channels_last)
+
+
+class Stacks(Gathered):
+    """Each image is a slice between its two neighbours. slices: (S, H, W) float16, each kept once; index: (N, 3)
+    numbers of slices."""
+
+    def __init__(self, slices: Tensor, index: Tensor):
+        self.slices, self.index, self.device = slices, index, slices.device
+
+    def __len__(self) -> int:
+        return len(self.index)
+
+    def __getitem__(self, chosen) -> Tensor:
+        stacks = self.slices[self.index[chosen]].float()
+        return stacks.contiguous(memory_format=torch.channels_last) if stacks.dim() == 4 else stacks
+
+    def part(self, chosen) -> "Stacks":
+        return Stacks(self.slices, self.index[chosen])
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is not torch.cat:
+            return NotImplemented
+        starts = np.cumsum([0, *(len(stacks.slices) for stacks in args[0])])
+        return cls(torch.cat([stacks.slices for stacks in args[0]]),
+                   torch.cat([stacks.index + int(start) for stacks, start in zip(args[0], starts)]))
+
+    def to(self, device, **_) -> "Stacks":
+        return Stacks(self.slices.to(device), self.index.to(device))
+
+
 @dataclass
 class Split:
-    """images: (N, C, H, W) float32; masks: (N, H, W) int64; cases: N identifiers."""
+    """images: (N, C, H, W) float32, a tensor or `Stacks`; masks: (N, H, W) uint8; cases: N identifiers."""
 
-    images: Tensor
+    images: Tensor | Stacks
     masks: Tensor
     cases: list[str]
+
+    def part(self, chosen: np.ndarray) -> "Split":
+        """The images of these numbers."""
+        images = self.images.part(chosen) if isinstance(self.images, Stacks) else self.images[chosen]
+        return Split(images, self.masks[chosen], [self.cases[i] for i in chosen])
+
+    def shown(self, number: int) -> Tensor:
+        """One image as pictures show it: of a stack the labelled slice."""
+        return self.images[number][1:2] if isinstance(self.images, Stacks) else self.images[number]
 
 
 @dataclass
 class Site:
-    """One hospital. spacing: size of a pixel (row, column), in mm, or in pixels where mm are not known."""
+    """One hospital: all its images in the order of their cases, and the numbers of those that train, validate, test.
+
+    spacing: size of a pixel (row, column) or, where a case is a volume, of a voxel (slice, row, column): for all,
+    or by case; in mm, or in pixels where mm are not known. shapes: of the files as read.
+    """
 
     name: str
-    train: Split
-    validation: Split
-    test: Split
-    spacing: tuple[float, ...] = (1.0, 1.0)
+    everything: Split
+    parts: list[np.ndarray]
+    spacing: tuple[float, ...] | dict[str, tuple[float, ...]] = (1.0, 1.0)
+    shapes: list[tuple[int, ...]] = field(default_factory=list)
 
-    def everything(self) -> Split:
-        """All images of the site, in the order of their case identifiers."""
-        splits = (self.train, self.validation, self.test)
-        cases = [case for split in splits for case in split.cases]
-        order = sorted(range(len(cases)), key=cases.__getitem__)
-        return Split(torch.cat([s.images for s in splits])[order], torch.cat([s.masks for s in splits])[order],
-                     [cases[i] for i in order])
+    train = cached_property(lambda site: site.everything.part(site.parts[0]))
+    validation = cached_property(lambda site: site.everything.part(site.parts[1]))
+    test = cached_property(lambda site: site.everything.part(site.parts[2]))
+
+
+@dataclass
+class DataSet:
+    """Sites with what they share: channels of the images, classes of each structure, unit of the spacing, and a
+    line that says what was read."""
+
+    sites: list[Site]
+    channels: int
+    structures: dict[str, tuple[int, ...]]
+    unit: str
+    origin: str
+
+    @property
+    def classes(self) -> int:
+        return 1 + max(max(classes) for classes in self.structures.values())
 
 
 def make_site(name: str, images: list[np.ndarray], masks: list[np.ndarray], cases: list[str],
-              parts: list[np.ndarray], spacing: tuple[float, ...] = (1.0, 1.0)) -> Site:
-    """A Site of images (C, H, W) and masks (H, W); parts: indices of train, validation and test."""
-    splits = [Split(torch.from_numpy(np.stack([images[i] for i in part])),
-                    torch.from_numpy(np.stack([masks[i] for i in part]).astype(np.int64)),
-                    [cases[i] for i in part]) for part in parts]
-    return Site(name, *splits, spacing=spacing)
+              parts: list[np.ndarray], spacing: tuple[float, ...] = (1.0, 1.0), shapes: list | None = None) -> Site:
+    """A Site of images (C, H, W) and masks (H, W); parts: numbers of those that train, validate and test."""
+    everything = Split(torch.from_numpy(np.stack(images)), torch.from_numpy(np.stack(masks).astype(np.uint8)), cases)
+    return Site(name, everything, parts, spacing, shapes or [])
 
 
 def split_indices(count: int) -> list[np.ndarray]:
@@ -145,7 +231,7 @@ def hospital_table(task: str, sites: int = 6) -> dict:
     return table
 
 
-def simulate_sites(task: str, seed: int, size: int = 96, images_per_site: int = 60, sites: int = 6) -> list[Site]:
+def simulate_sites(task: str, seed: int, size: int = 96, images_per_site: int = 60, sites: int = 6) -> DataSet:
     """Simulated hospitals; the same arguments give the same bytes, whatever other hospitals exist.
 
     task: "prostate" (1 channel; prostate = 1) or "fundus" (RGB; rim = 1, cup = 2).
@@ -160,7 +246,7 @@ def simulate_sites(task: str, seed: int, size: int = 96, images_per_site: int = 
         cases = [f"{name}-{number:03d}" for number in range(images_per_site)]
         result.append(make_site(name, [normalise(image) for image in images], masks, cases,
                                 split_indices(images_per_site), spacing))
-    return result
+    return DataSet(result, CHANNELS[task], STRUCTURES[task], "mm" if task == "prostate" else "px", f"simulated {task}")
 
 
 # ---------------------------------------------------------------- simulated hospitals: how it is drawn
@@ -313,41 +399,152 @@ def _fundus(h: FundusHospital, rng: np.random.Generator, size: int) -> tuple[np.
     return np.clip(image, 0, 1), in_disc.astype(int) + (in_disc & (cup_distance < cup_drawn))
 
 
-# ---------------------------------------------------------------- a folder of real images
+# ---------------------------------------------------------------- folders of real images
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
-SPLITS = ("train", "val", "test")
+PARTS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+RENAMED = {"ISBI": "RUNMC", "ISBI_1.5": "BMC"}  # older names of two prostate sites
+LAYOUTS = """known layouts, one folder a site:
+  <site>/{images,masks}/<same stem>                  images, which are split 60 : 15 : 25
+  <site>/{train,val,test}/{images,masks}/…           images, already split; image and mask also in the singular
+  <site>/{train,test}/ROIs/{image,mask}/…            fundus photographs with disc and cup
+  <site>/CaseNN.nii.gz, CaseNN_segmentation.nii.gz   prostate volumes; train.txt, val.txt, test.txt may name the cases"""
 
 
-def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None = None,
-                seed: int = 0) -> tuple[list[Site], int, int]:
-    """Real images: `root/<site>/images/*` with `root/<site>/masks/<same stem>.png`.
+def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None = None, seed: int = 0,
+                skip_empty: bool = False) -> DataSet:
+    """Real images or volumes, in one of LAYOUTS.
 
     Images: PNG, JPEG or TIFF, grey or RGB, any size; grey everywhere gives one channel, else all become RGB.
-    Masks: one channel of class indices 0 … K-1, or of the grey values `mask_values`, one a class.
-    Both are resized to size × size, images by an antialiasing bilinear filter, masks by the nearest pixel;
-    distances then count resized pixels. A site is split by a shuffle of (seed, site), 60 : 15 : 25, or by
-    folders `root/<site>/{train,val,test}/{images,masks}`.
-    Returns sites by name, number of channels, number of classes.
-    Raises ValueError or FileNotFoundError, naming the file and a way out.
+    Masks: one channel of class indices 0 … K-1, or of the grey values `mask_values`, one a class; those of fundus
+    ROIs are 255 background, 128 rim, 0 cup, and values between go to the nearest.
+    Volumes: 3-D NIfTI, clipped at the 0.5 and 99.5 percentile; every slice with its neighbours is one image of three
+    channels; labels above 0 are prostate. skip_empty leaves slices without prostate out of training.
+    All are resized to size × size, images by an antialiasing bilinear filter, masks by the nearest pixel; distances
+    count resized pixels, for volumes mm. A site is split by a shuffle of (seed, site), volumes as wholes.
+    Raises ValueError, FileNotFoundError or ImportError, naming the file and a way out.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"{root}: no such folder")
-    folders = [f for f in sorted(root.iterdir()) if (f / "images").is_dir() or any((f / s).is_dir() for s in SPLITS)]
-    if not folders:
-        raise FileNotFoundError(f"{root}: no sites found; expected {root}/<site>/images and {root}/<site>/masks, "
-                                f"or <site>/train, val and test with these two in each")
-    found = {folder.name: _pairs(folder) for folder in folders}
-    images, masks, values = {}, {}, {}  # by image file; only the resized ones stay in memory
-    for name, parts in found.items():
-        for file, mask_file in (pair for part in parts for pair in part):
-            image, mask = _read_image(file), _read_mask(mask_file, mask_values)
+    found: dict[str, dict[str, list]] = {}
+    folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name[0] != "."]
+    for folder in folders:
+        name, pairs = RENAMED.get(folder.name, folder.name), _pairs(folder)
+        if pairs and name in found:
+            raise ValueError(f"{root}: two folders hold the site {name}, one by its older name; remove one")
+        if pairs:
+            found[name] = pairs
+    if not found:
+        entries = sorted(entry.name + "/" * entry.is_dir() for entry in root.iterdir())
+        raise FileNotFoundError(f"{root}: no sites found, only {', '.join(entries[:8]) or 'nothing'}; {LAYOUTS}")
+    files = {name: [pair for part in parts.values() for pair in part] for name, parts in found.items()}
+    kinds = {"volumes" if is_volume(image) else "fundus" if image.parent.parent.name == "ROIs" else "images"
+             for pairs in files.values() for image, _ in pairs}
+    if len(kinds) > 1:
+        raise ValueError(f"{root}: different layouts in one folder; {LAYOUTS}")
+    kind = kinds.pop()
+    if kind == "volumes":
+        sites = [_volume_site(name, files[name], _split(parts, seed, name), size, skip_empty)
+                 for name, parts in found.items()]
+        return DataSet(sites, 3, STRUCTURES["prostate"], "mm", f"prostate volumes of {len(sites)} sites")
+    return _image_sites(root, files, {name: _split(parts, seed, name) for name, parts in found.items()}, size,
+                        [255, 128, 0] if kind == "fundus" and not mask_values else mask_values, kind == "fundus")
+
+
+def is_volume(path: Path) -> bool:
+    return path.name.lower().endswith((".nii", ".nii.gz"))
+
+
+def stem(path: Path) -> str:
+    """The name without its ending, .nii.gz being one."""
+    return path.name[:path.name.lower().index(".nii")] if is_volume(path) else path.stem
+
+
+def _pairs(site: Path) -> dict[str, list[tuple[Path, Path]]]:
+    """(image, mask) files of a site by part: "all", or "train" and "test" and perhaps "val"; {} if there are none."""
+    volumes = {stem(file).lower(): file for file in sorted(site.iterdir()) if is_volume(file) and file.name[0] != "."}
+    if volumes:
+        return _volume_pairs(site, volumes)
+    result = {}
+    for part, names in {"all": ("",), **PARTS}.items():
+        for place in (site / name / roi for name in names for roi in ("", "ROIs")):
+            images, masks = (next((place / name for name in names if (place / name).is_dir()), None)
+                             for names in (("images", "image"), ("masks", "mask")))
+            if not images and not masks:
+                continue
+            if not images or not masks:
+                raise FileNotFoundError(f"site '{site.name}': no folder {place / ('masks' if images else 'images')}")
+            files = [f for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_TYPES and f.name[0] != "."]
+            missing = [f for f in files if not (masks / f"{f.stem}.png").is_file()]
+            if missing:
+                raise FileNotFoundError(f"site '{site.name}': {missing[0]} has no mask {masks / missing[0].stem}.png "
+                                        f"({len(missing)} of {len(files)} images without; names must match)")
+            if not files:
+                raise ValueError(f"site '{site.name}': no images in {images}")
+            result.setdefault(part, [(f, masks / f"{f.stem}.png") for f in files])
+    return result
+
+
+def _volume_pairs(site: Path, volumes: dict[str, Path]) -> dict[str, list[tuple[Path, Path]]]:
+    """The same for volumes, by their stems in lower case."""
+    pairs = {}
+    for name, file in volumes.items():
+        if name.endswith("_segmentation"):
+            if name.removesuffix("_segmentation") not in volumes:
+                raise FileNotFoundError(f"site '{site.name}': {file} is a segmentation without its volume")
+        elif f"{name}_segmentation" not in volumes:
+            raise FileNotFoundError(f"site '{site.name}': {file} has no {stem(file)}_segmentation.nii.gz")
+        else:
+            pairs[name] = file, volumes[f"{name}_segmentation"]
+    lists = {part: site / f"{part}.txt" for part in PARTS if (site / f"{part}.txt").is_file()}
+    if not lists:
+        return {"all": list(pairs.values())}
+    result = {}
+    for part, file in lists.items():
+        names = [stem(Path(line.strip())).lower() if is_volume(Path(line.strip())) else line.strip().lower()
+                 for line in file.read_text().splitlines() if line.strip()]
+        unknown = [name for name in names if name not in pairs]
+        if unknown:
+            raise ValueError(f"{file}: no case {unknown[0]} in {site}")
+        result[part] = [pairs[name] for name in names]
+    return result
+
+
+def _split(parts: dict[str, list], seed: int, name: str) -> list[np.ndarray]:
+    """Numbers of the files that train, validate and test, counted over all parts."""
+    rng, starts = _generator(seed, "folder", name), np.cumsum([0, *map(len, parts.values())])
+    numbers = {part: np.arange(start, start + len(pairs)) for start, (part, pairs) in zip(starts, parts.items())}
+    if "all" in parts:
+        if len(parts) > 1:
+            raise ValueError(f"site '{name}': images lie in the folder itself and in {', '.join(list(parts)[1:])}; "
+                             f"keep one of the two")
+        if len(numbers["all"]) < 4:
+            raise ValueError(f"site '{name}': {len(numbers['all'])} images, at least 4 are needed")
+        order = rng.permutation(numbers["all"])
+        return [order[part] for part in split_indices(len(order))]
+    for part in ("train", "test"):
+        if not len(numbers.get(part, ())):
+            raise FileNotFoundError(f"site '{name}': no images for {part}, only for {', '.join(parts)}")
+    if "val" not in parts:  # 15 of the 75 per cent that do not test
+        if len(numbers["train"]) < 2:
+            raise ValueError(f"site '{name}': 1 image to train with and none to validate; at least 2 are needed")
+        order = rng.permutation(numbers["train"])
+        numbers["val"], numbers["train"] = np.split(order, [max(1, round(0.2 * len(order)))])
+    return [numbers[part] for part in PARTS]
+
+
+def _image_sites(root: Path, files: dict[str, list], parts: dict[str, list], size: int,
+                 mask_values: list[int] | None, fundus: bool) -> DataSet:
+    images, masks, values, shapes = {}, {}, {}, {}  # by file; only the resized ones stay in memory
+    for name, pairs in files.items():
+        for file, mask_file in pairs:
+            image, mask = read_image(file), read_mask(mask_file, mask_values, nearest=fundus)
             if image.shape[:2] != mask.shape:
                 raise ValueError(f"site '{name}': image {file} is {image.shape[0]}×{image.shape[1]} "
                                  f"but its mask is {mask.shape[0]}×{mask.shape[1]}")
             values[mask_file] = np.unique(mask).tolist()
-            images[file] = _resize(image, size)
-            masks[file] = np.asarray(Image.fromarray(mask).resize((size, size), Image.Resampling.NEAREST))
+            images[file], shapes[file] = resize(image.transpose(2, 0, 1), size), image.shape[:2]
+            masks[file] = resize(mask[None], size, Image.Resampling.NEAREST)[0]
     every_value = sorted(set().union(*values.values()))
     classes = len(mask_values or every_value)
     for mask_file, own in values.items():
@@ -358,40 +555,136 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     if len(every_value) < 2:
         raise ValueError(f"{root}: every mask pixel is {every_value[0]}; at least two classes are needed")
     channels = max(len(image) for image in images.values())
-
     sites = []
-    for name, parts in found.items():
-        if len(parts) == 1:
-            order = _generator(seed, "folder", name).permutation(len(parts[0]))
-            indices = [order[part] for part in split_indices(len(order))]
-        else:
-            indices = np.split(np.arange(sum(map(len, parts))), np.cumsum([len(part) for part in parts])[:-1])
-        files = [file for part in parts for file, _ in part]
-        cases = [str(file.relative_to(root / name)) for file in files]
-        planes = [normalise(np.repeat(images[f], channels // len(images[f]), axis=0)) for f in files]
-        sites.append(make_site(name, planes, [masks[f] for f in files], cases, indices))
-    return sites, channels, classes
+    for name, pairs in files.items():
+        own = sorted(file for file, _ in pairs)
+        place = {file: number for number, file in enumerate(own)}
+        sites.append(make_site(name, [as_input(images[file], channels) for file in own], [masks[file] for file in own],
+                               ["/".join(file.relative_to(root).parts[1:]) for file in own],
+                               [np.array([place[pairs[i][0]] for i in part]) for part in parts[name]],
+                               shapes=[shapes[file] for file in own]))
+    structures = STRUCTURES["fundus"] if fundus else {f"class {c}": (c,) for c in range(1, classes)}
+    return DataSet(sites, channels, structures, "px", f"{'fundus photographs' if fundus else 'images'} of {len(sites)} sites")
 
 
-def _pairs(site: Path) -> list[list[tuple[Path, Path]]]:
-    """(image, mask) files of a site, in one list or in three: train, validation, test."""
-    folders = [site] if (site / "images").is_dir() else [site / split for split in SPLITS]
-    parts = []
-    for folder in folders:
-        images, masks = folder / "images", folder / "masks"
-        for wanted in (images, masks):
-            if not wanted.is_dir():
-                raise FileNotFoundError(f"site '{site.name}': no folder {wanted}")
-        files = [f for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_TYPES and f.name[0] != "."]
-        missing = [f for f in files if not (masks / f"{f.stem}.png").is_file()]
-        if missing:
-            raise FileNotFoundError(f"site '{site.name}': {missing[0]} has no mask {masks / missing[0].stem}.png "
-                                    f"({len(missing)} of {len(files)} images without; names must match)")
-        least = 4 if len(folders) == 1 else 1
-        if len(files) < least:
-            raise ValueError(f"site '{site.name}': {len(files)} images in {images}, at least {least} are needed")
-        parts.append([(f, masks / f"{f.stem}.png") for f in files])
-    return parts
+def _volume_site(name: str, pairs: list, parts: list[np.ndarray], size: int, skip_empty: bool) -> Site:
+    slices, masks, index, cases, spacing, shapes, of_case = [], [], [], [], {}, [], []
+    for file, mask_file in pairs:
+        volume, voxel = read_volume(file)
+        mask, _ = read_volume(mask_file)
+        if volume.shape != mask.shape:
+            raise ValueError(f"site '{name}': volume {file} is {'×'.join(map(str, volume.shape))} "
+                             f"but its mask is {'×'.join(map(str, mask.shape))}")
+        start = sum(map(len, slices))
+        slices.append(normalise_volume(volume, size))
+        masks.append(resize((mask > 0).astype(np.uint8), size, Image.Resampling.NEAREST))
+        index.append(start + neighbours(len(volume)))
+        of_case.append(np.arange(start, start + len(volume)))
+        cases += [stem(file)] * len(volume)
+        spacing[stem(file)] = (voxel[0], voxel[1] * volume.shape[1] / size, voxel[2] * volume.shape[2] / size)
+        shapes.append(volume.shape)
+    everything = Split(Stacks(torch.from_numpy(np.concatenate(slices)), torch.from_numpy(np.concatenate(index))),
+                       torch.from_numpy(np.concatenate(masks)), cases)
+    chosen = [np.concatenate([of_case[case] for case in part]) for part in parts]
+    if skip_empty:
+        chosen[0] = chosen[0][everything.masks[chosen[0]].flatten(1).any(dim=1).numpy()]
+    return Site(name, everything, chosen, spacing, shapes)
+
+
+# ---------------------------------------------------------------- single files
+def read_image(path: Path) -> np.ndarray:
+    """(H, W, 1 or 3) float32, turned as its EXIF says."""
+    image = _open(path)
+    if image.mode == "LA":
+        image = image.convert("L")
+    if image.mode in ("1", "L") or image.mode[0] in "IF":
+        return np.asarray(image, dtype=np.float32)[:, :, None]
+    return np.asarray(image.convert("RGB"), dtype=np.float32)
+
+
+def read_mask(path: Path, mask_values: list[int] | None = None, nearest: bool = False) -> np.ndarray:
+    """(H, W) int32 class indices: the values themselves, or the place of each in `mask_values`. A palette gives its
+    indices. nearest: values between go to the nearest. Colours are taken where they are greys."""
+    image = _open(path)
+    mask = np.asarray(image)
+    if mask.ndim == 3 and image.mode in ("RGB", "RGBA", "LA"):
+        colours = mask[:, :, :len(image.mode.rstrip("A"))]
+        mask = colours[:, :, 0] if (colours == colours[:, :, :1]).all() else mask
+    if mask.ndim != 2:
+        raise ValueError(f"mask {path}: one channel of class indices is expected, found mode {image.mode}")
+    mask = mask.astype(np.int32)
+    if mask_values is None:
+        return mask
+    apart = np.abs(mask[:, :, None] - np.array(mask_values))  # (H, W, K)
+    unknown = mask[apart.min(axis=2) > 0]
+    if len(unknown) and not nearest:
+        raise ValueError(f"mask {path}: grey value {unknown.min()} is not among --mask-values "
+                         f"{' '.join(map(str, mask_values))}")
+    return apart.argmin(axis=2).astype(np.int32)
+
+
+def read_mask_of(image: Path, folder: Path, mask_values: list[int] | None, shape: tuple[int, ...]) -> np.ndarray:
+    """The mask in `folder` that goes with an image file, of the shape (n, H, W): same stem, or <stem>_segmentation."""
+    names = {stem(image).lower(), f"{stem(image)}_segmentation".lower()}
+    files = [file for file in sorted(folder.iterdir()) if stem(file).lower() in names and is_volume(file) == is_volume(image)]
+    if not files:
+        raise FileNotFoundError(f"{folder}: no mask for {image}")
+    mask = read_volume(files[0])[0] > 0 if is_volume(image) else read_mask(files[0], mask_values)[None]
+    if mask.shape != shape:
+        raise ValueError(f"mask {files[0]} is {'×'.join(map(str, mask.shape))}, its image {'×'.join(map(str, shape))}")
+    return mask
+
+
+def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
+    """A NIfTI volume as float32 (slice, row, column), from feet to head, front to back and the patient's right to
+    left, however the file stores it; and the size of its voxels in mm, in that order."""
+    file, there, _ = _open_volume(path)
+    try:
+        values = np.asarray(file.dataobj, dtype=np.float32)
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: not a readable NIfTI file ({error}); replace or remove it") from None
+    import nibabel
+    size = nibabel.affines.voxel_sizes(file.affine)
+    return (nibabel.orientations.apply_orientation(values, there),
+            tuple(float(size[there[:, 0] == axis][0]) for axis in range(3)))
+
+
+def read_unlabelled(path: Path, size: int, channels: int) -> np.ndarray:
+    """What the network sees of a file: (n, channels, size, size) float32, one image or the n slices of a volume."""
+    if is_volume(path):
+        slices = normalise_volume(read_volume(path)[0], size)
+        return (slices[neighbours(len(slices))] if channels == 3 else slices[:, None]).astype(np.float32)
+    image = read_image(path)
+    image = image.mean(axis=2, keepdims=True) if channels == 1 else image
+    return as_input(resize(image.transpose(2, 0, 1), size), channels)[None]
+
+
+def write_volume(path: Path, mask: np.ndarray, like: Path) -> None:
+    """A mask (slice, row, column) as `read_volume` orders it, into a NIfTI file with the axes and affine of `like`."""
+    file, _, back = _open_volume(like)
+    import nibabel
+    header = file.header.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_slope_inter(1, 0)
+    nibabel.save(type(file)(nibabel.orientations.apply_orientation(mask.astype(np.uint8), back), file.affine, header), path)
+
+
+def _open_volume(path: Path):
+    """The file, and how its axes are reordered to (slice, row, column) and back."""
+    try:
+        import nibabel
+    except ImportError:
+        raise ImportError(f"{path}: NIfTI files need nibabel; pip install nibabel") from None
+    try:
+        file = nibabel.load(path)
+    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, zlib.error, ValueError) as error:
+        raise ValueError(f"{path}: not a readable NIfTI file ({error}); replace or remove it") from None
+    if len(file.shape) != 3 or min(file.shape) < 1:
+        raise ValueError(f"{path}: a volume of three dimensions is expected, found {'×'.join(map(str, file.shape))}")
+    own, ours = nibabel.orientations.io_orientation(file.affine), nibabel.orientations.axcodes2ornt("SPL")
+    if np.isnan(own).any():
+        raise ValueError(f"{path}: its affine matrix has no direction for some axis")
+    return file, nibabel.orientations.ornt_transform(own, ours), nibabel.orientations.ornt_transform(ours, own)
 
 
 def _open(path: Path) -> Image.Image:
@@ -401,33 +694,22 @@ def _open(path: Path) -> Image.Image:
         raise ValueError(f"{path}: not a readable image ({error}); replace or remove the file") from None
 
 
-def _read_image(path: Path) -> np.ndarray:
-    """(H, W, 1 or 3) float32."""
-    image = _open(path)
-    if image.mode == "LA":
-        image = image.convert("L")
-    if image.mode in ("1", "L") or image.mode[0] in "IF":
-        return np.asarray(image, dtype=np.float32)[:, :, None]
-    return np.asarray(image.convert("RGB"), dtype=np.float32)
+def resize(planes: np.ndarray, size: int, filter: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:
+    """(C, H, W) → (C, size, size) by pillow; its bilinear filter averages where it shrinks."""
+    return np.stack([np.asarray(Image.fromarray(np.ascontiguousarray(plane)).resize((size, size), filter))
+                     for plane in planes])
 
 
-def _read_mask(path: Path, mask_values: list[int] | None) -> np.ndarray:
-    """(H, W) class indices, uint8 or as stored."""
-    image = _open(path)
-    mask = np.asarray(image)
-    if mask.ndim != 2:
-        raise ValueError(f"mask {path}: one channel of class indices is expected, found mode {image.mode}")
-    if mask_values is None:
-        return mask.astype(np.int32)
-    unknown = np.setdiff1d(mask, mask_values)
-    if len(unknown):
-        raise ValueError(f"mask {path}: grey value {unknown[0]} is not among --mask-values "
-                         f"{' '.join(map(str, mask_values))}")
-    order = np.argsort(mask_values)
-    return order[np.searchsorted(np.asarray(mask_values)[order], mask)].astype(np.int32)
+def as_input(planes: np.ndarray, channels: int) -> np.ndarray:
+    """Grey or RGB planes as a network of `channels` channels wants them, normalised."""
+    return normalise(np.repeat(planes, channels // len(planes), axis=0))
 
 
-def _resize(image: np.ndarray, size: int) -> np.ndarray:
-    """(H, W, C) → (C, size, size) by pillow's bilinear filter, which averages where it shrinks."""
-    return np.stack([Image.fromarray(plane).resize((size, size), Image.Resampling.BILINEAR)
-                     for plane in np.ascontiguousarray(image.transpose(2, 0, 1))])
+def normalise_volume(volume: np.ndarray, size: int) -> np.ndarray:
+    """(D, H, W) → (D, size, size) float16, clipped at the 0.5 and 99.5 percentile, mean 0, variance 1."""
+    return normalise(resize(np.clip(volume, *np.percentile(volume, [0.5, 99.5])), size)).astype(np.float16)
+
+
+def neighbours(count: int) -> np.ndarray:
+    """For each of the slices of a volume the one before, itself and the one after: (count, 3); clamped at the ends."""
+    return np.clip(np.arange(count)[:, None] + [-1, 0, 1], 0, count - 1)

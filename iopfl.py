@@ -20,11 +20,11 @@ State = dict[str, Tensor]
 def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:
     """1 - soft Dice, averaged over all classes, the background among them; sums run over the batch.
 
-    logits: (N, C, H, W); target: (N, H, W) class indices. Returns a scalar in [0, 1].
+    logits: (N, C, H, W); target: (N, H, W) class indices of any integer type. Returns a scalar in [0, 1].
     Source: published code.
     """
     probabilities = logits.softmax(dim=1)
-    truth = nn.functional.one_hot(target, logits.shape[1]).permute(0, 3, 1, 2)
+    truth = nn.functional.one_hot(target.long(), logits.shape[1]).permute(0, 3, 1, 2)
     overlap = (probabilities * truth).sum(dim=(0, 2, 3))
     size = probabilities.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3))
     return 1 - ((2 * overlap + smooth) / (size + smooth)).mean()
@@ -328,27 +328,29 @@ def _surface(mask: np.ndarray) -> np.ndarray:
 
 
 def evaluate(prediction: Tensor, masks: Tensor, cases: Sequence[str], structures: dict[str, tuple[int, ...]],
-             spacing: Sequence[float], distances: bool = True) -> list[dict]:
+             spacing: Sequence[float] | dict[str, Sequence[float]], distances: bool = True) -> list[dict]:
     """Dice, HD95 and ASSD of each structure, per case, then averaged over the cases (M9).
 
-    prediction, masks: (N, H, W) class indices; cases: N identifiers. With a spacing of three numbers the
-    images of one identifier are the slices of one volume, else each image is a case.
+    prediction, masks: (N, H, W) class indices; cases: N identifiers; spacing: for all, or by identifier. With three
+    numbers the images of one identifier are the slices of one volume, else each image is a case.
     structures: name → its classes. Returns a dict a structure: structure, dice, hd95, assd, cases and
     distance_cases, the number of cases with at least one mask not empty; without any, or with `distances`
     off, the distances are None.
     """
+    spacings = spacing if isinstance(spacing, dict) else dict.fromkeys(cases, spacing)
     groups: dict = {}
     for index, case in enumerate(cases):
-        groups.setdefault(case if len(spacing) == 3 else index, []).append(index)
+        if len(spacings[case]) == 3:
+            groups.setdefault(case, ([], spacings[case]))[0].append(index)
+        else:
+            groups[index] = index, spacings[case]
     prediction, masks = prediction.cpu().numpy(), masks.cpu().numpy()
-    if len(spacing) == 2:
-        groups = {case: indices[0] for case, indices in groups.items()}
     rows = []
     for name, classes in structures.items():
-        pairs = [(np.isin(prediction[g], classes), np.isin(masks[g], classes)) for g in groups.values()]
-        values = [[hd95(p, t, spacing), assd(p, t, spacing)] for p, t in pairs if distances and (p.any() or t.any())]
+        pairs = [(np.isin(prediction[g], classes), np.isin(masks[g], classes), s) for g, s in groups.values()]
+        values = [[hd95(p, t, s), assd(p, t, s)] for p, t, s in pairs if distances and (p.any() or t.any())]
         valid = np.array(values)
         mean = valid.mean(axis=0).tolist() if len(valid) else (None, None)
-        rows.append({"structure": name, "dice": float(np.mean([dice(p, t) for p, t in pairs])),
+        rows.append({"structure": name, "dice": float(np.mean([dice(p, t) for p, t, _ in pairs])),
                      "hd95": mean[0], "assd": mean[1], "cases": len(pairs), "distance_cases": len(valid)})
     return rows

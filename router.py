@@ -10,7 +10,7 @@ The numbers M4 … M8 are those of README.md.
 """
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -489,12 +489,21 @@ def step(routed: RoutedNetwork, optimiser: torch.optim.Optimizer, images: Tensor
                     value.lerp_(routed.start[name], 0.5)
 
 
-def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, online: bool = False,
-          after_pass: Callable[[int], None] = lambda number: None) -> Tensor:
+def adapt(routed: RoutedNetwork, images: Tensor, **options) -> Tensor:
     """Tune routers and BatchNorm affine on unlabelled images, in place; return probabilities (N, C, H, W).
 
+    All that `adapt_batches` yields, at once; the same options.
+    """
+    return torch.cat(list(adapt_batches(routed, images, **options)))
+
+
+def adapt_batches(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, online: bool = False,
+                  after_pass: Callable[[int], None] = lambda number: None) -> Iterator[Tensor]:
+    """Tune routers and BatchNorm affine on unlabelled images, in place; yield probabilities batch by batch.
+
     images: (N, C_in, H, W) of one site, on the network's device, as must be the generator, which draws order,
-    noise, views and dropout. The experts are never changed. Everything else is in `routed.settings`.
+    noise, views and dropout. What can be measured, indexed and split as a tensor will do, so that images may stay
+    on disk. The experts are never changed. Everything else is in `routed.settings`.
     offline: `passes` over all images in random order, then they are predicted; after_pass: called with 0 before the
     first pass and with its number after each.
     online: in the given order each batch is counted into the site's statistics, used for one step and predicted;
@@ -502,25 +511,23 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator, 
     """
     settings = routed.settings
     routed.eval()  # dropout of the networks' own stays off throughout
-    batches = images.split(settings.batch_size)
     first = routed.start is None
     if first:
-        prepare(routed, batches[0] if online else images)
+        prepare(routed, images[:settings.batch_size] if online else images)
     optimiser = torch.optim.Adam(routed.adaptable_parameters(), lr=settings.lr)
-    if online:
-        predictions = []
-        for number, batch in enumerate(batches):
+    if not online:
+        after_pass(0)
+        for number in range(1, settings.passes + 1):
+            order = torch.randperm(len(images), generator=generator, device=images.device)
+            for numbers in order.split(settings.batch_size):
+                step(routed, optimiser, images[numbers], generator)
+            after_pass(number)
+    for number, batch in enumerate(images.split(settings.batch_size)):
+        if online:
             if settings.statistics == "site" and (number or not first):
                 measure_site(routed, batch)
             step(routed, optimiser, batch, generator)
-            predictions.append(predict(routed, batch))
-        return torch.cat(predictions)
-    after_pass(0)
-    for number in range(1, settings.passes + 1):
-        for indices in torch.randperm(len(images), generator=generator, device=images.device).split(settings.batch_size):
-            step(routed, optimiser, images[indices], generator)
-        after_pass(number)
-    return predict(routed, images)
+        yield predict(routed, batch)
 
 
 @torch.no_grad()

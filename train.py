@@ -2,15 +2,18 @@
 
     python train.py                               simulated prostate MRI, the last hospital held out
     python train.py --task fundus                 simulated fundus photographs
-    python train.py --root DIR --hold-out SITE    a folder of real images
+    python train.py --root DIR --hold-out SITE    folders of real images
+    python train.py --root DIR --list             a look at them first
     python train.py --hold-out none --methods all    every hospital inside: IOP-FL against other methods
     python train.py --hold-out all --methods all     each hospital outside in turn, likewise
+    python train.py --adapt RUN --images DIR --out OUT    masks for images without labels, from a trained run
 
 A run that was interrupted goes on where it stopped when the same command is given again.
 """
 
 import argparse
 import copy
+import csv
 import json
 import math
 import resource
@@ -108,12 +111,21 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
 
     group = parser.add_argument_group("images")
     add(group, "--task", "which simulated hospitals", choices=("prostate", "fundus"))
-    add(group, "--root", "folder of real images instead: DIR/<site>/images and DIR/<site>/masks", metavar="DIR")
+    add(group, "--root", "folders of real images instead, one a site: DIR/<site>/images and DIR/<site>/masks, "
+        "fundus ROIs or NIfTI volumes; layouts in README.md", metavar="DIR")
     add(group, "--mask-values", "grey values of the classes in real masks, background first, such as 0 128 255",
         type=int, nargs="+", metavar="V")
     add(group, "--size", "height and width of an image, in pixels")
     add(group, "--sites", "number of simulated hospitals")
     add(group, "--images-per-site", "images of a simulated hospital: 60 per cent train, 15 validate, 25 test")
+    group.add_argument("--skip-empty", action="store_true", help="leave slices without prostate out of training")
+    group.add_argument("--list", action="store_true", help="show what the images are and end: a table and a picture")
+    group = parser.add_argument_group("a hospital outside, without labels")
+    add(group, "--adapt", "a trained run, one of its folders seed…-SITE, or what --adapt wrote before, to be used as "
+        "it is", metavar="RUN")
+    add(group, "--images", "folder of its images: PNG, JPEG, TIFF or NIfTI", metavar="DIR")
+    add(group, "--masks", "masks of the same names, if there are any, only to report Dice", metavar="DIR")
+    group.add_argument("--online", action="store_true", help="one step a batch as the images come, not several passes")
     group = parser.add_argument_group("protocol")
     add(group, "--hold-out", "hospital outside the federation, all (each in turn) or none (default the last)",
         metavar="SITE")
@@ -135,7 +147,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     add(group, "--device", "where to compute", choices=("auto", "cpu", "cuda"))
     group.add_argument("--jobs", type=int, metavar="N", help="federations trained side by side, each in a process of "
                        "its own with its share of the CPU's threads (default one a thread; 1 on a GPU)")
-    add(group, "--out", "folder for models, pictures and results.json (default runs/<task>)", metavar="DIR")
+    add(group, "--out", "folder for models, pictures and results.json (default runs/<task>; runs/adapted for "
+        "--adapt)", metavar="DIR")
     group.add_argument("--overwrite", action="store_true", help="replace the run that lies in --out, finished or not")
     args = parser.parse_args(argv)
     if args.authors:
@@ -159,27 +172,28 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--device cuda: torch finds no GPU; use --device cpu")
     if args.mask_values and len(set(args.mask_values)) < len(args.mask_values):
         parser.error("--mask-values must be different numbers, one a class")
-    if args.mask_values and not args.root:
-        parser.error("--mask-values goes with --root")
+    if args.mask_values and not args.root and not args.masks:
+        parser.error("--mask-values goes with --root or --masks")
+    if bool(args.adapt) != bool(args.images):
+        parser.error("--adapt RUN and --images DIR go together")
+    if (args.masks or args.online) and not args.adapt:
+        parser.error("--masks and --online go with --adapt")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
 
 
-def load_sites(args: argparse.Namespace, seed: int) -> tuple[list[data.Site], int, int, dict]:
-    """Sites on the chosen device, number of channels, number of classes, and structures by name."""
+def load_sites(args: argparse.Namespace, seed: int) -> data.DataSet:
+    """The hospitals, on the chosen device."""
     if args.root:
-        sites, channels, classes = data.load_folder(args.root, args.size, args.mask_values, seed)
-        structures = {f"class {c}": (c,) for c in range(1, classes)}
+        loaded = data.load_folder(args.root, args.size, args.mask_values, seed, args.skip_empty)
     else:
-        sites = data.simulate_sites(args.task, seed, args.size, args.images_per_site, args.sites)
-        structures, channels = data.STRUCTURES[args.task], data.CHANNELS[args.task]
-        classes = 1 + max(max(classes) for classes in structures.values())
-    for site in sites:
-        for split in (site.train, site.validation, site.test):
-            split.images = split.images.to(args.device, memory_format=torch.channels_last)
-            split.masks = split.masks.to(args.device)
-    return sites, channels, classes, structures
+        loaded = data.simulate_sites(args.task, seed, args.size, args.images_per_site, args.sites)
+    for site in loaded.sites:
+        everything = site.everything
+        everything.images = everything.images.to(args.device, memory_format=torch.channels_last)
+        everything.masks = everything.masks.to(args.device)
+    return loaded
 
 
 def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
@@ -245,7 +259,7 @@ def plan(args: argparse.Namespace, hold_outs: list[str | None], folder: Path) ->
     return tasks
 
 
-def run(args: argparse.Namespace, task: Task, loaded: tuple | None = None) -> dict:
+def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None) -> dict:
     """Rows of results.json, mean routing weights and seconds of a task; models and pictures go to its folder.
 
     loaded: what `load_sites` gives for its seed.
@@ -258,12 +272,12 @@ def run(args: argparse.Namespace, task: Task, loaded: tuple | None = None) -> di
     return json.loads(task.result.read_text())
 
 
-def run_anew(args: argparse.Namespace, task: Task, loaded: tuple) -> dict:
+def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict:
     torch.backends.cudnn.deterministic = True  # here, since it holds for one process
     start = time.perf_counter()
-    sites, channels, classes, structures = loaded
-    inside = [site for site in sites if site.name != task.hold_out]
-    model = UNet(channels, classes, args.width, args.depth, torch.Generator().manual_seed(task.seed))
+    structures = loaded.structures
+    inside = [site for site in loaded.sites if site.name != task.hold_out]
+    model = UNet(loaded.channels, loaded.classes, args.width, args.depth, torch.Generator().manual_seed(task.seed))
     model = model.to(args.device, memory_format=torch.channels_last)
     found = []
 
@@ -295,7 +309,7 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: tuple) -> dict:
     trained = time.perf_counter()
     routing = None
     if task.outside:
-        site = next(site for site in sites if site.name == task.hold_out)
+        site = next(site for site in loaded.sites if site.name == task.hold_out)
         experts = {name: iopfl.with_state(model, state) for name, state in last.own["iopfl"].items()}
         experts["global"] = iopfl.with_state(model, last.global_state)
         routing = run_outside(args, task, site, experts, structures, report)
@@ -306,7 +320,7 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: tuple) -> dict:
 def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: dict[str, torch.nn.Module],
                 structures: dict, report: Callable) -> dict | None:
     """All methods outside on all images of the site; returns the mean routing weights of "routing"."""
-    split = site.everything()  # no label of it was used: every image is a test image
+    split = site.everything  # no label of it was used: every image is a test image
     *personal, global_model = experts.values()
     mixtures = {"global": [[global_model]], "personal": [personal], "all": [[*personal, global_model]],
                 "each": [[expert] for expert in experts.values()]}
@@ -460,21 +474,23 @@ def curves(rows: list[dict], key: str) -> dict[str, list[float]]:
 
 # ---------------------------------------------------------------- pictures
 GREEN, ORANGE, BLUE = (60, 220, 60), (255, 150, 0), (60, 150, 255)
+PALETTE = [(0, 0, 0), BLUE, ORANGE, GREEN, (220, 60, 200), (240, 230, 60)]  # of masks, by class
 
 
-def picture(image: Tensor, contours: list[tuple[Tensor, tuple]] = (), side: int = 160) -> Image.Image:
-    """An image (C, H, W) as RGB, with the outlines of every class of some masks (H, W), the last on top."""
+def picture(image: Tensor, contours: list[tuple[Tensor, tuple]] = (), size: tuple[int, int] = (160, 160)) -> Image.Image:
+    """An image (C, H, W) as RGB of a size (width, height), with the outlines of every class of some masks (H, W), the
+    last on top."""
     values = image.cpu().numpy()
     low, high = np.quantile(values, [0.005, 0.995])
     values = np.clip((values - low) / max(high - low, 1e-6), 0, 1)
     values = np.broadcast_to(values, (3, *values.shape[1:])).transpose(1, 2, 0)
-    canvas = Image.fromarray((255 * values).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+    canvas = Image.fromarray((255 * values).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
     pixels = np.array(canvas)
     for mask, colour in contours:
         large = mask.cpu().numpy().astype(np.uint8)
         for level in range(1, int(large.max()) + 1):
             # A smoothed enlargement, cut at one half, has a clean outline.
-            region = Image.fromarray(255 * (large >= level).astype(np.uint8)).resize((side, side), Image.Resampling.BICUBIC)
+            region = Image.fromarray(255 * (large >= level).astype(np.uint8)).resize(size, Image.Resampling.BICUBIC)
             region = np.asarray(region) > 127
             padded = np.pad(region, 1, mode="edge")
             inner = padded[:-2, 1:-1] & padded[2:, 1:-1] & padded[1:-1, :-2] & padded[1:-1, 2:]
@@ -499,7 +515,7 @@ def draw_grid(cells: list[list[Image.Image]], labels: list[str], titles: list[st
 def draw_hospitals(sites: list[data.Site], path: Path) -> None:
     """Gallery: training images of each hospital, the last two with their masks."""
     count = min(6, min(len(site.train.images) for site in sites))
-    cells = [[picture(site.train.images[i], [(site.train.masks[i], GREEN)] if i >= count - 2 else [])
+    cells = [[picture(site.train.shown(i), [(site.train.masks[i], GREEN)] if i >= count - 2 else [])
               for i in range(count)] for site in sites]
     titles = [""] * (count - 2) + ["drawn by its annotator"] if count > 2 else []
     draw_grid(cells, [site.name for site in sites], titles, path)
@@ -515,9 +531,9 @@ def draw_outside(split: data.Split, predictions: dict[str, Tensor], structures: 
     cells, labels = [], []
     for i in order:
         truth = (split.masks[i], GREEN)
-        cells.append([picture(split.images[i]), picture(split.images[i], [truth]),
-                      picture(split.images[i], [truth, (predictions["global"][i], ORANGE)]),
-                      picture(split.images[i], [truth, (predictions["routing"][i], BLUE)])])
+        cells.append([picture(split.shown(i)), picture(split.shown(i), [truth]),
+                      picture(split.shown(i), [truth, (predictions["global"][i], ORANGE)]),
+                      picture(split.shown(i), [truth, (predictions["routing"][i], BLUE)])])
         labels.append(f"Dice {100 * dice[0, i]:.0f} to {100 * dice[1, i]:.0f}")
     draw_grid(cells, labels, ["image", "truth (green)", "global (orange)", "routed (blue)"], path)
 
@@ -577,6 +593,189 @@ def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
     sheet.save(path)
 
 
+# ---------------------------------------------------------------- a look at the images
+def show(args: argparse.Namespace, out: Path) -> int:
+    """What is there: sites, cases, sizes, spacings, shares of the classes, and a gallery."""
+    loaded = load_sites(args, args.seeds[0])
+    print(f"{loaded.origin}; {loaded.channels} channels, classes 0 to {loaded.classes - 1}")
+    print(f"{'site':12}{'train':>7}{'val':>6}{'test':>6}{'images':>8}  {'size as read':26}{'pixel or voxel, ' + loaded.unit:26}"
+          + "".join(f"{f'class {c}, %':>12}" for c in range(loaded.classes)))
+
+    def span(values: list) -> str:
+        texts = ["×".join(f"{number:.4g}" for number in value) for value in sorted(set(values))]
+        return " … ".join(texts[:1] + texts[1:][-1:])
+
+    for site in loaded.sites:
+        split = site.everything
+        counts = [len(set(part.cases)) for part in (site.train, site.validation, site.test)]
+        shares = torch.bincount(split.masks.flatten(), minlength=loaded.classes) / split.masks.numel()
+        shapes, spacings = site.shapes or [split.masks.shape[1:]], site.spacing
+        print(f"{site.name:12.11}" + "".join(f"{count:>{w}}" for count, w in zip(counts, (7, 6, 6))) + f"{len(split.cases):8}  "
+              + f"{span(shapes):26}{span(list(spacings.values()) if isinstance(spacings, dict) else [spacings]):26}"
+              + "".join(f"{100 * share:12.2f}" for share in shares.tolist()))
+    picture_file = out.with_name(out.name + "-hospitals.png")
+    picture_file.parent.mkdir(parents=True, exist_ok=True)
+    draw_hospitals(loaded.sites, picture_file)
+    print(f"Six images of each, two with their masks: {picture_file}")
+    return 0
+
+
+# ---------------------------------------------------------------- a hospital outside with unlabelled images alone
+def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
+    """The routed network of a trained run, or one that was adapted before, and what is known of it."""
+    if (path / "adapted.json").is_file():
+        known = json.loads((path / "adapted.json").read_text())
+    else:
+        folds = [path] if (path / "global.pt").is_file() else sorted(file.parent for file in path.glob("*/global.pt"))
+        folds = [fold for fold in folds if fold.name.startswith("seed")]
+        if len(folds) != 1:
+            raise ValueError(f"{path}: expected one trained federation, found {len(folds)}"
+                             + "".join(f"; --adapt {fold}" for fold in folds[:6]))
+        path = folds[0]
+        results = json.loads((path.parent / "results.json").read_text())
+        known = {**results["config"], **results["data"], "seed": int(path.name[4:].split("-")[0]), "adapted": False,
+                 "experts": [*sorted(file.stem for file in path.glob("personal-*.pt")), "global"]}
+    classes = 1 + max(max(classes) for classes in known["structures"].values())
+    models = [UNet(known["channels"], classes, known["width"], known["depth"]) for _ in known["experts"]]
+    if not known["adapted"]:
+        for name, model in zip(known["experts"], models):
+            model.load_state_dict(torch.load(path / f"{name}.pt", weights_only=True))
+    models = [model.to(device, memory_format=torch.channels_last).eval() for model in models]
+    routed = router.build_routed(models, RoutingSettings(**known["routing"]), torch.Generator().manual_seed(known["seed"]))
+    if known["adapted"]:
+        routed.load_state_dict(torch.load(path / "adapted.pt", weights_only=True))
+    return routed, known
+
+
+def progress(items: list, label: str) -> Iterator:
+    """The items, with their count and the time left on a terminal."""
+    begin, shown = time.perf_counter(), sys.stderr.isatty()
+    for number, item in enumerate(items):
+        if shown:
+            left = f", {(time.perf_counter() - begin) / number * (len(items) - number):.0f} s left" if number else ""
+            print(f"\r{label} {number + 1}/{len(items)}{left}    ", end="", file=sys.stderr, flush=True)
+        yield item
+    if shown:
+        print(file=sys.stderr)
+
+
+def adapt(args: argparse.Namespace, out: Path) -> int:
+    """Masks, overlays and a report for a folder of unlabelled images; 1 if some could not be read."""
+    if out.exists() and not (args.overwrite and (out / "adapted.json").is_file()):
+        raise ValueError(f"{out} exists; say another --out" + " or --overwrite" * (out / "adapted.json").is_file())
+    routed, known = open_run(Path(args.adapt).resolve(), args.device)
+    files = sorted(file for file in Path(args.images).iterdir()
+                   if (data.is_volume(file) or file.suffix.lower() in data.IMAGE_TYPES) and file.name[0] != ".")
+    if len({data.stem(file) for file in files}) < len(files):
+        raise ValueError(f"{args.images}: two images differ only in their endings")
+    stored, sources = data.Stored((known["channels"], known["size"], known["size"]), args.device), []
+    for file in progress(files, "reading"):
+        try:
+            inputs = data.read_unlabelled(file, known["size"], known["channels"])
+        except (ValueError, OSError) as error:
+            print(f"left out: {error}", file=sys.stderr)
+            continue
+        stored.append(inputs)
+        sources.append((file, len(inputs)))
+    if not sources:
+        raise ValueError(f"{args.images}: no readable image; PNG, JPEG, TIFF and NIfTI are known")
+    folder = out.with_name(out.name + ".unfinished")
+    shutil.rmtree(folder, ignore_errors=True)
+    for name in ("masks", "overlays"):
+        (folder / name).mkdir(parents=True)
+
+    generator = torch.Generator(args.device).manual_seed(known["seed"])
+    begin, passes = time.perf_counter(), known["routing"]["passes"]
+
+    def after_pass(number: int) -> None:
+        if number:
+            left = (time.perf_counter() - begin) * (passes / number - 1)
+            print(f"adapted: pass {number} of {passes}, {left:.0f} s left", file=sys.stderr, flush=True)
+
+    if known["adapted"]:
+        batches = (router.predict(routed, batch) for batch in stored.split(routed.settings.batch_size))
+    else:
+        batches = router.adapt_batches(routed, stored, generator=generator, online=args.online, after_pass=after_pass)
+    images = outside_images(routed, stored, batches, bool(args.masks))
+    rows = []
+    for file, count in progress(sources, "predicting"):
+        rows.append(write_masks(file, [next(images) for _ in range(count)], known, args, folder))
+    layers, weights = router.mean_routing(routed, stored)
+    draw_heat_map(weights.tolist(), [layer.removeprefix("network.") for layer in layers], known["experts"], folder / "routing.png")
+    save(folder / "adapted.pt", routed.state_dict())
+    chosen = dict(zip(known["experts"], weights.mean(dim=0).tolist()))
+    (folder / "adapted.json").write_text(json.dumps({**known, "adapted": True, "chosen": chosen}, indent=1))
+    with open(folder / "images.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+    if out.exists():
+        shutil.rmtree(out)
+    folder.rename(out)
+    print("What routing chose, mean over layers and images: " + ", ".join(f"{n} {w:.2f}" for n, w in chosen.items()))
+    for key in rows[0]:
+        if key != "file":
+            print(f"{key}: mean {np.mean([row[key] for row in rows]):.3f}, least {min(row[key] for row in rows):.3f}")
+    print(f"{len(sources)} of {len(files)} files in {time.perf_counter() - begin:.0f} s. Masks, overlays, images.csv: {out}")
+    return int(len(sources) < len(files))
+
+
+def outside_images(routed: router.RoutedNetwork, stored: data.Stored, batches: Iterator[Tensor],
+                   before: bool) -> Iterator[tuple[Tensor, float, Tensor | None]]:
+    """For each image its probabilities (C, H, W), how far those of a noisy, turned view agree, and with `before` the
+    global model's probabilities."""
+    generator = torch.Generator(stored.device).manual_seed(0)
+    last = torch.nn.functional.one_hot(torch.tensor(routed.experts - 1), routed.experts)
+    for images, probabilities in zip(stored.split(routed.settings.batch_size), batches):
+        views = router.draw_views(images, generator)
+        noise = routed.settings.noise * torch.randn(images.shape, generator=generator, device=images.device)
+        of_view = router.view(router.predict(routed, router.view(images + noise, views)), views, inverse=True)
+        p, q = 1 - probabilities[:, 0], 1 - of_view[:, 0]  # foreground
+        overlap = (2 * p * q).sum(dim=(1, 2)) / (p * p + q * q).sum(dim=(1, 2)).clamp_min(1e-6)
+        source = [None] * len(images)
+        if before:
+            with router.fixed_routing(routed, last):
+                source = router.predict(routed, images)
+        yield from zip(probabilities, overlap.tolist(), source)
+
+
+def write_masks(file: Path, images: list[tuple], known: dict, args: argparse.Namespace, folder: Path) -> dict:
+    """Mask and overlay of one file at its own size; returns its line of images.csv."""
+    volume, name = data.is_volume(file), data.stem(file)
+    pixels = data.read_volume(file)[0] if volume else data.read_image(file)
+    shape = pixels.shape[1:] if volume else pixels.shape[:2]
+
+    def own_size(probabilities: list[Tensor]) -> np.ndarray:
+        """Classes (n, H, W)."""
+        return np.stack([torch.nn.functional.interpolate(p[None], shape, mode="bilinear").argmax(dim=1)[0].cpu().numpy()
+                         for p in probabilities]).astype(np.uint8)
+
+    mask = own_size([probabilities for probabilities, *_ in images])
+    row = {"file": file.name, "foreground": float((mask > 0).mean()),
+           "confidence": float(np.mean([overlap for _, overlap, _ in images]))}
+    if args.masks:
+        truth = data.read_mask_of(file, Path(args.masks), args.mask_values, mask.shape)
+        for when, prediction in (("before", own_size([source for *_, source in images])), ("after", mask)):
+            for structure, classes in known["structures"].items():
+                row[f"Dice {structure} {when}"] = iopfl.dice(np.isin(prediction, classes), np.isin(truth, classes))
+    if volume:
+        data.write_volume(folder / "masks" / f"{name}.nii.gz", mask, file)
+        area = (mask > 0).sum(axis=(1, 2))
+        chosen = np.flatnonzero(area) if area.any() else np.arange(len(mask))
+        chosen = chosen[np.linspace(0, len(chosen) - 1, min(6, len(chosen))).round().astype(int)]
+        cells = [picture(torch.from_numpy(pixels[i][None]), [(torch.from_numpy(mask[i]), BLUE)]) for i in chosen]
+        draw_grid([cells], [name[:14]], [f"slice {i}" for i in chosen], folder / "overlays" / f"{name}.png")
+    else:
+        image = Image.fromarray(mask[0])
+        image.putpalette([value for colour in PALETTE for value in colour])
+        image.save(folder / "masks" / f"{name}.png")
+        scale = min(1, 640 / max(shape))
+        size = (max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale)))
+        picture(torch.from_numpy(pixels.transpose(2, 0, 1)), [(torch.from_numpy(mask[0]), BLUE)], size).save(
+            folder / "overlays" / f"{name}.png")
+    return row
+
+
 # ---------------------------------------------------------------- the whole
 def open_folder(out: Path, settings: dict, overwrite: bool) -> Path:
     """The folder to work in until all is done, `<out>.unfinished`: new, or of a run of the same settings."""
@@ -600,7 +799,7 @@ def open_folder(out: Path, settings: dict, overwrite: bool) -> Path:
     return folder
 
 
-def run_all(args: argparse.Namespace, tasks: list[Task], loaded: tuple) -> Iterator[tuple[Task, dict]]:
+def run_all(args: argparse.Namespace, tasks: list[Task], loaded: data.DataSet) -> Iterator[tuple[Task, dict]]:
     """The tasks with their results, as they come, from `args.jobs` processes; loaded: the sites of the first seed."""
     if args.jobs == 1:
         seed = args.seeds[0]
@@ -617,19 +816,26 @@ def run_all(args: argparse.Namespace, tasks: list[Task], loaded: tuple) -> Itera
 
 
 def main(argv: list[str] | None = None) -> int:
-    begin = time.perf_counter()
     args = parse_arguments(argv)
-    out = Path(args.out or f"runs/{Path(args.root).resolve().name if args.root else args.task}").resolve()
-    settings = {**{name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "jobs")},
-                "routing": asdict(AUTHORS if args.authors else ROUTING)}
+    name = "adapted" if args.adapt else Path(args.root).resolve().name if args.root else args.task
+    out = Path(args.out or f"runs/{name}").resolve()
     try:
-        loaded = load_sites(args, args.seeds[0])
-        chosen = hold_outs(args.hold_out, [site.name for site in loaded[0]])
-        folder = open_folder(out, settings, args.overwrite)
-    except (ValueError, OSError) as error:
+        return show(args, out) if args.list else adapt(args, out) if args.adapt else train(args, out)
+    except (ValueError, OSError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    draw_hospitals(loaded[0], folder / "hospitals.png")
+
+
+def train(args: argparse.Namespace, out: Path) -> int:
+    """Federations, hospitals outside, report."""
+    begin = time.perf_counter()
+    settings = {**{name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "jobs")},
+                "routing": asdict(AUTHORS if args.authors else ROUTING)}
+    loaded = load_sites(args, args.seeds[0])
+    print(loaded.origin)
+    chosen = hold_outs(args.hold_out, [site.name for site in loaded.sites])
+    folder = open_folder(out, settings, args.overwrite)
+    draw_hospitals(loaded.sites, folder / "hospitals.png")
     tasks = plan(args, chosen, folder)
     if args.jobs is None:
         args.jobs = 1 if args.device == "cuda" else min(len(tasks), torch.get_num_threads())
@@ -650,7 +856,7 @@ def main(argv: list[str] | None = None) -> int:
                    "threads": torch.get_num_threads(), "jobs": args.jobs,
                    "peak_memory_mib": round(peak / (1024 if sys.platform != "darwin" else 1024**2))}
     (folder / "results.json").write_text(json.dumps(
-        {"config": settings, "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        {"config": settings, "data": {"channels": loaded.channels, "structures": loaded.structures}, "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
          "rows": rows}, indent=1))
     routings = [result["routing"] for result in results if result["routing"]]
     if routings:
@@ -661,7 +867,7 @@ def main(argv: list[str] | None = None) -> int:
     if out.exists():
         shutil.rmtree(out)
     folder.rename(out)
-    print(tables(rows, "px" if args.root or args.task == "fundus" else "mm"))
+    print(tables(rows, loaded.unit))
     print(f"\n{seconds['total']:.0f} s, peak memory {environment['peak_memory_mib']} MiB a process. "
           f"Models, pictures and results.json: {out}")
     return 0
