@@ -403,11 +403,9 @@ def _fundus(h: FundusHospital, rng: np.random.Generator, size: int) -> tuple[np.
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 PARTS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 RENAMED = {"ISBI": "RUNMC", "ISBI_1.5": "BMC"}  # older names of two prostate sites
-LAYOUTS = """known layouts, one folder a site:
-  <site>/{images,masks}/<same stem>                  images, which are split 60 : 15 : 25
-  <site>/{train,val,test}/{images,masks}/…           images, already split; image and mask also in the singular
-  <site>/{train,test}/ROIs/{image,mask}/…            fundus photographs with disc and cup
-  <site>/CaseNN.nii.gz, CaseNN_segmentation.nii.gz   prostate volumes; train.txt, val.txt, test.txt may name the cases"""
+LAYOUTS = ("known layouts: <site>/{images,masks}/<same stem>.png, <site>/{train,val,test}/{images,masks}/ (either name "
+           "in the singular too), <site>/{train,test}/ROIs/{image,mask}/ for fundus photographs, <site>/CaseNN.nii.gz "
+           "with CaseNN_segmentation.nii.gz")
 
 
 def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None = None, seed: int = 0,

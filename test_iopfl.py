@@ -1,11 +1,13 @@
 """The tests: `pytest`, without network, GPU or data. Slow, obvious versions of the method stand here as oracles."""
 
 import copy
+import csv
 import dataclasses
 import json
 import math
 import re
 import shutil
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -718,13 +720,15 @@ def same_bytes(a, b):
 
 @pytest.mark.parametrize("task, channels, classes", [("prostate", 1, [0, 1]), ("fundus", 3, [0, 1, 2])])
 def test_simulated_images_and_masks(task, channels, classes):
-    sites = data.simulate_sites(task, 0, size=32, images_per_site=8)
-    assert [site.name for site in sites] == list(data.HOSPITALS[task])
+    loaded = data.simulate_sites(task, 0, size=32, images_per_site=8)
+    sites = loaded.sites
+    assert [site.name for site in sites] == list(data.HOSPITALS[task]) and loaded.channels == channels
+    assert loaded.classes == len(classes) and loaded.unit == {"prostate": "mm", "fundus": "px"}[task]
     for site in sites:
         assert [len(split.cases) for split in splits_of(site)] == [5, 1, 2]
-        split = site.everything()
+        split = site.everything
         assert split.images.shape == (8, channels, 32, 32) and split.images.dtype == torch.float32
-        assert split.masks.shape == (8, 32, 32) and split.masks.dtype == torch.int64
+        assert split.masks.shape == (8, 32, 32) and split.masks.dtype == torch.uint8
         assert split.cases == [f"{site.name}-{number:03d}" for number in range(8)]
         for image, mask in zip(split.images, split.masks):
             assert image.mean().item() == pytest.approx(0, abs=1e-4)
@@ -737,8 +741,8 @@ def test_simulated_images_and_masks(task, channels, classes):
 def test_simulated_cup_lies_inside_disc():
     """The drawn cup never touches the background, and the disc has more pixels than the cup."""
     structures = data.STRUCTURES["fundus"]
-    for site in data.simulate_sites("fundus", 0, size=96, images_per_site=6):
-        for mask in site.everything().masks.numpy():
+    for site in data.simulate_sites("fundus", 0, size=96, images_per_site=6).sites:
+        for mask in site.everything.masks.numpy():
             disc, cup = (np.isin(mask, structures[name]) for name in ("disc", "cup"))
             assert disc[cup].all() and 0 < cup.sum() < disc.sum()
             padded = np.pad(cup, 1)  # every pixel next to the cup, as well, lies in the disc
@@ -749,7 +753,7 @@ def test_simulated_cup_lies_inside_disc():
 @pytest.mark.parametrize("task", ["prostate", "fundus"])
 def test_simulation_depends_on_its_arguments_alone(task):
     def draw(seed, sites):
-        return data.simulate_sites(task, seed, size=24, images_per_site=4, sites=sites)
+        return data.simulate_sites(task, seed, size=24, images_per_site=4, sites=sites).sites
 
     six, again, eight, three, other = draw(3, 6), draw(3, 6), draw(3, 8), draw(3, 3), draw(4, 6)
     for site, repeated, extended, changed in zip(six, again, eight, other):
@@ -777,13 +781,15 @@ def test_folder_channels(tmp_path):
     """Grey everywhere gives one channel; one RGB image among them gives three, grey ones repeated."""
     for name in ("a", "b"):
         write_site(tmp_path, name, 4, grey=True)
-    sites, channels, classes = data.load_folder(tmp_path, 32)
+    loaded = data.load_folder(tmp_path, 32)
+    sites, channels, classes = loaded.sites, loaded.channels, loaded.classes
     assert (channels, classes) == (1, 2) and [site.name for site in sites] == ["a", "b"]
-    assert sites[0].everything().images.shape == (4, 1, 32, 32)
+    assert sites[0].everything.images.shape == (4, 1, 32, 32)
     colour = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
     Image.fromarray(colour).save(tmp_path / "b" / "images" / "02.png")
-    sites, channels, classes = data.load_folder(tmp_path, 32)
-    images = [site.everything().images for site in sites]
+    loaded = data.load_folder(tmp_path, 32)
+    sites, channels, classes = loaded.sites, loaded.channels, loaded.classes
+    images = [site.everything.images for site in sites]
     assert channels == 3 and all(i.shape == (4, 3, 32, 32) and i.dtype == torch.float32 for i in images)
     assert torch.equal(images[0][:, 0], images[0][:, 2])
     wanted = ((colour - colour.mean()) / colour.std()).transpose(2, 0, 1)
@@ -793,9 +799,10 @@ def test_folder_channels(tmp_path):
 @pytest.mark.parametrize("values", [[0, 128, 255], [255, 0, 128], [128, 255, 0]])
 def test_mask_values_map_to_their_position(tmp_path, values):
     folder = write_site(tmp_path, "a", 5, values=(0, 128, 255))
-    sites, _, classes = data.load_folder(tmp_path, 32, values)
-    split = sites[0].everything()
-    assert classes == 3 and split.masks.dtype == torch.int64
+    loaded = data.load_folder(tmp_path, 32, values)
+    sites, classes = loaded.sites, loaded.classes
+    split = sites[0].everything
+    assert classes == 3 and split.masks.dtype == torch.uint8
     for case, mask in zip(split.cases, split.masks):
         stored = np.asarray(Image.open(folder / "masks" / Path(case).name))
         assert np.array_equal(np.array(values)[mask.numpy()], stored)
@@ -808,8 +815,9 @@ def test_resizing_keeps_class_indices(tmp_path, size):
     mask = np.zeros((32, 32), np.uint8)
     mask[:16, :16] = 1
     Image.fromarray(mask).save(folder / "masks" / "00.png")
-    sites, _, classes = data.load_folder(tmp_path, size)
-    masks = sites[0].everything().masks
+    loaded = data.load_folder(tmp_path, size)
+    sites, classes = loaded.sites, loaded.classes
+    masks = sites[0].everything.masks
     assert classes == 3 and masks.shape == (4, size, size)
     assert masks[0].unique().tolist() == [0, 1]
     assert all(m.unique().tolist() == [0, 2] for m in masks[1:])
@@ -826,8 +834,9 @@ def test_16_bit_grey_is_not_clipped(tmp_path):
     for number, pixels in enumerate((low, high)):
         Image.fromarray(pixels).save(folder / "images" / f"{number:02d}.png")
         assert np.array_equal(np.asarray(Image.open(folder / "images" / f"{number:02d}.png")), pixels)
-    sites, channels, _ = data.load_folder(tmp_path, 32)
-    images = sites[0].everything().images.numpy()
+    loaded = data.load_folder(tmp_path, 32)
+    sites, channels = loaded.sites, loaded.channels
+    images = sites[0].everything.images.numpy()
     assert channels == 1 and not np.allclose(images[0], images[1])
     for image, pixels in zip(images, (low, high)):
         assert np.allclose(image[0], (pixels - pixels.mean()) / pixels.std(), atol=1e-3)
@@ -838,7 +847,7 @@ def test_given_split_is_kept(tmp_path):
     for split, count in counts.items():
         write_site(tmp_path / "a", split, count)
     write_site(tmp_path, "b", 8)
-    (a, b), _, _ = data.load_folder(tmp_path, 32)
+    a, b = data.load_folder(tmp_path, 32).sites
     for split, (folder, count) in zip(splits_of(a), counts.items()):
         assert split.cases == [f"{folder}/images/{number:02d}.png" for number in range(count)]
         for case, mask in zip(split.cases, split.masks):
@@ -851,7 +860,7 @@ def test_drawn_split(tmp_path):
     """The same seed gives the same split, another seed another; the parts are disjoint and hold every case."""
     write_site(tmp_path, "a", 12)
     write_site(tmp_path, "b", 12)
-    first, again, other = (data.load_folder(tmp_path, 32, seed=seed)[0] for seed in (0, 0, 1))
+    first, again, other = (data.load_folder(tmp_path, 32, seed=seed).sites for seed in (0, 0, 1))
     for site, repeated, changed in zip(first, again, other):
         assert same_bytes(site, repeated)
         assert [split.cases for split in splits_of(site)] != [split.cases for split in splits_of(changed)]
@@ -863,7 +872,7 @@ def test_drawn_split(tmp_path):
 
 def test_everything_is_sorted_and_matches(tmp_path):
     folder = write_site(tmp_path, "a", 9, grey=True)
-    split = data.load_folder(tmp_path, 32, seed=5)[0][0].everything()
+    split = data.load_folder(tmp_path, 32, seed=5).sites[0].everything
     assert split.cases == [f"images/{number:02d}.png" for number in range(9)]
     assert len(split.images) == len(split.masks) == 9
     for case, image, mask in zip(split.cases, split.images, split.masks):
@@ -910,8 +919,8 @@ SITE_ERRORS = {  # what is spoilt in a root of two sound sites, the mask values 
     "no image at all": (lambda r: (r / "a/images/01.png").write_text("text"), None,
                         ["{r}/a/images/01.png", "not a readable image"]),
     "corrupt mask": (lambda r: _cut(r / "a/masks/01.png"), None, ["{r}/a/masks/01.png", "not a readable image"]),
-    "RGB mask": (lambda r: _mask(r, np.zeros((32, 32, 3))), None, ["{r}/a/masks/01.png", "one channel", "RGB"]),
-    "too few images": (_too_few, None, ["'a'", "2 images in {r}/a/images", "at least 4"]),
+    "RGB mask": (lambda r: _mask(r, np.eye(32)[:, :, None] * [1, 0, 1]), None, ["{r}/a/masks/01.png", "one channel", "RGB"]),
+    "too few images": (_too_few, None, ["'a'", "2 images", "at least 4"]),
     "constant masks": (_constant, None, ["{r}", "every mask pixel is 0", "two classes"]),
 }
 
@@ -934,16 +943,17 @@ def test_folder_errors_without_sites(tmp_path):
         data.load_folder(tmp_path / "nowhere")
     assert str(tmp_path / "nowhere") in str(caught.value)
     (tmp_path / "other").mkdir()
-    with pytest.raises(FileNotFoundError, match="no sites found; expected") as caught:
+    with pytest.raises(FileNotFoundError, match="no sites found, only other/; known layouts") as caught:
         data.load_folder(tmp_path)
-    assert str(tmp_path) in str(caught.value) and "<site>/masks" in str(caught.value)
+    assert str(tmp_path) in str(caught.value) and "<site>/{images,masks}" in str(caught.value)
 
 
 def test_grey_masks_without_mask_values_suggest_them(tmp_path):
     write_site(tmp_path, "a", 4, values=(0, 255))
     with pytest.raises(ValueError, match="class index 255 is out of range.*--mask-values 0 255"):
         data.load_folder(tmp_path, 32)
-    sites, _, classes = data.load_folder(tmp_path, 32, [0, 255])
+    loaded = data.load_folder(tmp_path, 32, [0, 255])
+    sites, classes = loaded.sites, loaded.classes
     assert classes == 2 and sites[0].train.masks.unique().tolist() == [0, 1]
 
 
@@ -951,11 +961,265 @@ def test_given_split_errors(tmp_path):
     for split in ("train", "val", "test"):
         write_site(tmp_path / "a", split, 1)
     (tmp_path / "a" / "val" / "images" / "00.png").unlink()
-    with pytest.raises(ValueError, match=r"site 'a': 0 images in .*val/images, at least 1"):
+    with pytest.raises(ValueError, match=r"site 'a': no images in .*val/images"):
         data.load_folder(tmp_path, 32)
     (tmp_path / "a" / "val" / "images").rmdir()
     with pytest.raises(FileNotFoundError, match=r"site 'a': no folder .*val/images"):
         data.load_folder(tmp_path, 32)
+    shutil.rmtree(tmp_path / "a" / "val")
+    with pytest.raises(ValueError, match="site 'a': 1 image to train with and none to validate"):
+        data.load_folder(tmp_path, 32)
+    shutil.rmtree(tmp_path / "a" / "test")
+    with pytest.raises(FileNotFoundError, match="site 'a': no images for test, only for train"):
+        data.load_folder(tmp_path, 32)
+    (tmp_path / "a" / "train").rename(tmp_path / "b")
+    write_site(tmp_path / "b", "train", 3)
+    with pytest.raises(ValueError, match="site 'b': images lie in the folder itself and in train"):
+        data.load_folder(tmp_path, 32)
+
+
+# ---------------------------------------------------------------- data sets as they are downloaded
+def affine(codes: str, spacing=(0.5, 0.6, 3.0), tilt: float = 0.0) -> np.ndarray:
+    """An affine whose axes run towards the letters of `codes`, with voxels of `spacing` mm, turned by `tilt` about x."""
+    columns = {"R": (1, 0, 0), "L": (-1, 0, 0), "A": (0, 1, 0), "P": (0, -1, 0), "S": (0, 0, 1), "I": (0, 0, -1)}
+    turn = np.array([[1, 0, 0], [0, math.cos(tilt), -math.sin(tilt)], [0, math.sin(tilt), math.cos(tilt)]])
+    result = np.eye(4)
+    result[:3, :3] = turn @ np.array([columns[code] for code in codes]).T * spacing
+    result[:3, 3] = 5, -7, 11
+    return result
+
+
+def write_nifti(path, values, matrix) -> None:
+    nibabel = pytest.importorskip("nibabel")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nibabel.save(nibabel.Nifti1Image(values, matrix), path)
+
+
+def write_volumes(root, sites: dict[str, int], shape=(24, 20, 5), seed=0) -> None:
+    """Volumes (x, y, z) whose bright ball is the prostate, with label 2 in its upper half; the outer slices are empty.
+    At the shape (384, 384, 20) and 116 cases this is the public prostate set in size."""
+    rng = np.random.default_rng(seed)
+    x, y, z = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    for name, count in sites.items():
+        for number in range(count):
+            distance = np.sqrt((x - rng.uniform(-0.2, 0.2)) ** 2 + y**2 + 0.4 * z**2)
+            mask = (distance < 0.55) * (1 + (y > 0)) * (np.abs(z) < 0.95)
+            image = 300 * (mask > 0) + rng.normal(400, 40, shape)
+            write_nifti(root / name / f"Case{number:02d}.nii.gz", image.astype(np.int16), affine("LPS"))
+            ending = "_segmentation" if number % 2 else "_Segmentation"
+            write_nifti(root / name / f"Case{number:02d}{ending}.nii.gz", mask.astype(np.uint8), affine("LPS"))
+
+
+def test_volumes_load_as_stacks(tmp_path):
+    write_volumes(tmp_path, {"ISBI": 4, "UCL": 8})
+    loaded = data.load_folder(tmp_path, 16)
+    assert [site.name for site in loaded.sites] == ["RUNMC", "UCL"] and loaded.unit == "mm"
+    assert loaded.channels == 3 and loaded.structures == {"prostate": (1,)}
+    site = loaded.sites[1]
+    split, slices = site.everything, site.everything.images.slices
+    assert slices.shape == (40, 16, 16) and slices.dtype == torch.float16 and split.masks.dtype == torch.uint8
+    for case in range(8):
+        volume = slices[5 * case:5 * case + 5].float()
+        assert volume.mean().item() == pytest.approx(0, abs=2e-3) and volume.std().item() == pytest.approx(1, abs=2e-2)
+        for number in range(5):  # the centre is the labelled slice; neighbours stay within the volume
+            stack = split.images[5 * case + number]
+            for plane, other in zip(stack, (max(number - 1, 0), number, min(number + 1, 4))):
+                assert torch.equal(plane, volume[other])
+            assert torch.equal(split.shown(5 * case + number)[0], volume[number])
+            mask = split.masks[5 * case + number] > 0
+            assert mask.any() == (0 < number < 4)
+            if mask.any():  # the prostate is the bright part
+                assert volume[number][mask].mean() > volume[number][~mask].mean() + 1
+        # (z, y, x) spacing, after 20 rows and 24 columns have become 16
+        assert site.spacing[f"Case{case:02d}"] == pytest.approx((3.0, 0.6 * 20 / 16, 0.5 * 24 / 16))
+    cases = [set(part.cases) for part in splits_of(site)]
+    assert [len(c) for c in cases] == [5, 1, 2] and set.union(*cases) == {f"Case{n:02d}" for n in range(8)}
+    for part in splits_of(site):
+        assert len(part.cases) == len(part.images) == len(part.masks) == 5 * len(set(part.cases))
+        assert part.images.slices is slices  # kept once
+        batch = part.images[torch.tensor([1, 3])]
+        assert batch.shape == (2, 3, 16, 16) and batch.dtype == torch.float32
+        whole = torch.cat(list(part.images.split(3)))
+        assert torch.equal(whole[[1, 3]], batch) and len(whole) == len(part.images)
+    joined = torch.cat([site.train.images for site in loaded.sites])
+    assert torch.equal(joined[:], torch.cat([site.train.images[:] for site in loaded.sites]))
+    trimmed = data.load_folder(tmp_path, 16, skip_empty=True).sites[1]
+    assert [len(part.masks) for part in splits_of(trimmed)] == [15, 5, 10]
+    assert trimmed.train.masks.flatten(1).any(dim=1).all()
+
+
+def test_metrics_of_volumes_are_per_case_in_mm(tmp_path):
+    """Two cases with voxels of different size, against the metrics of each as a volume."""
+    spacing = {"a": (3.0, 1.0, 0.5), "b": (2.0, 0.7, 0.7)}
+    rng = np.random.default_rng(0)
+    truth, found = (torch.from_numpy(rng.random((7, 8, 9)) > 0.6) for _ in range(2))
+    cases = ["a"] * 4 + ["b"] * 3
+    row, = iopfl.evaluate(found.byte(), truth.byte(), cases, {"x": (1,)}, spacing)
+    parts = [(found[:4].numpy(), truth[:4].numpy(), spacing["a"]), (found[4:].numpy(), truth[4:].numpy(), spacing["b"])]
+    assert row["cases"] == 2
+    assert row["dice"] == pytest.approx(np.mean([iopfl.dice(p, t) for p, t, _ in parts]))
+    assert row["hd95"] == pytest.approx(np.mean([iopfl.hd95(p, t, s) for p, t, s in parts]))
+    assert row["assd"] == pytest.approx(np.mean([iopfl.assd(p, t, s) for p, t, s in parts]))
+
+
+@pytest.mark.parametrize("codes, tilt", [("LPS", 0.0), ("RAS", 0.0), ("LAI", 0.0), ("SPL", 0.0), ("PSR", 0.0),
+                                         ("RAI", 0.3), ("LPS", -0.4)])
+def test_orientation_comes_from_the_header(tmp_path, codes, tilt):
+    """One body stored along different axes is read as the same volume, and a mask goes back to where it was."""
+    nibabel = pytest.importorskip("nibabel")
+    body = np.random.default_rng(0).random((4, 5, 6)).astype(np.float32)  # slice, row, column: towards S, P, L
+    steps = {"S": 3.0, "P": 0.6, "L": 0.5}
+    same_axis = {"S": "S", "I": "S", "P": "P", "A": "P", "L": "L", "R": "L"}
+    stored = body.transpose(["SPL".index(same_axis[code]) for code in codes])
+    stored = stored[tuple(slice(None, None, -1) if code in "IAR" else slice(None) for code in codes)]
+    matrix = affine(codes, [steps[same_axis[code]] for code in codes], tilt)
+    write_nifti(tmp_path / "v.nii.gz", np.ascontiguousarray(stored), matrix)
+    values, spacing = data.read_volume(tmp_path / "v.nii.gz")
+    assert np.array_equal(values, body) and spacing == pytest.approx((3.0, 0.6, 0.5), abs=1e-5)
+    data.write_volume(tmp_path / "m.nii.gz", body > 0.5, tmp_path / "v.nii.gz")
+    written = nibabel.load(tmp_path / "m.nii.gz")
+    assert np.array_equal(np.asarray(written.dataobj), stored > 0.5)
+    assert np.allclose(written.affine, matrix, atol=1e-5) and written.get_data_dtype() == np.uint8
+
+
+def _shorter(file):
+    file.write_bytes(file.read_bytes()[:-200])
+
+
+VOLUME_ERRORS = {
+    "segmentation without volume": (lambda r: (r / "UCL/Case01.nii.gz").unlink(), ["UCL/Case01_segmentation.nii.gz", "without its volume"]),
+    "volume without segmentation": (lambda r: (r / "UCL/Case01_segmentation.nii.gz").unlink(), ["Case01.nii.gz has no Case01_segmentation"]),
+    "shapes differ": (lambda r: write_nifti(r / "UCL/Case01_segmentation.nii.gz", np.ones((24, 20, 4), np.uint8), affine("LPS")),
+                      ["UCL", "Case01.nii.gz is 5×20×24", "4×20×24"]),
+    "four dimensions": (lambda r: write_nifti(r / "UCL/Case01.nii.gz", np.ones((24, 20, 5, 2), np.int16), affine("LPS")),
+                        ["Case01.nii.gz", "three dimensions", "24×20×5×2"]),
+    "cut short": (lambda r: _shorter(r / "UCL/Case01.nii.gz"), ["Case01.nii.gz", "not a readable NIfTI file"]),
+    "no NIfTI": (lambda r: (r / "UCL/Case01.nii.gz").write_text("text"), ["Case01.nii.gz", "not a readable NIfTI file"]),
+    "unknown case": (lambda r: (r / "UCL/train.txt").write_text("Case00\nCase77\n"), ["train.txt", "no case case77"]),
+    "one folder twice": (lambda r: shutil.copytree(r / "BMC", r / "ISBI_1.5"), ["two folders", "BMC"]),
+    "mixed": (lambda r: write_site(r, "photographs", 4), ["different layouts", "known layouts"]),
+    "no direction": (lambda r: write_nifti(r / "UCL/Case01.nii.gz", np.ones((24, 20, 5), np.int16), np.diag([1, 1, 0, 1.0])),
+                     ["Case01.nii.gz"]),
+}
+
+
+@pytest.mark.parametrize("spoil, parts", VOLUME_ERRORS.values(), ids=VOLUME_ERRORS)
+def test_volume_errors_name_the_trouble(tmp_path, spoil, parts):
+    write_volumes(tmp_path, {"BMC": 4, "UCL": 4})
+    spoil(tmp_path)
+    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+        data.load_folder(tmp_path, 16)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_volumes_without_nibabel(tmp_path, monkeypatch, capsys):
+    write_volumes(tmp_path, {"BMC": 4})
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    assert train.main(["--root", str(tmp_path), "--list", "--out", str(tmp_path / "x")]) == 2
+    error = capsys.readouterr().err
+    assert "pip install nibabel" in error and error.count("\n") == 1
+
+
+def test_case_lists_give_the_split(tmp_path):
+    write_volumes(tmp_path, {"UCL": 6})
+    for part, cases in {"train": "Case03\nCase00.nii.gz\n", "val": "Case01\n\n", "test": "case02\nCase05\n"}.items():
+        (tmp_path / "UCL" / f"{part}.txt").write_text(cases)
+    site, = data.load_folder(tmp_path, 16).sites
+    cases = [list(dict.fromkeys(part.cases)) for part in splits_of(site)]
+    assert cases == [["Case03", "Case00"], ["Case01"], ["Case02", "Case05"]]
+
+
+@pytest.mark.parametrize("slices", [1, 2])
+def test_volumes_of_few_slices(tmp_path, slices):
+    write_volumes(tmp_path, {"A": 4, "B": 4}, shape=(24, 20, slices))
+    loaded = data.load_folder(tmp_path, 16)
+    stack = loaded.sites[0].everything.images[0]
+    assert stack.shape == (3, 16, 16) and torch.equal(stack[0], stack[1])
+    assert torch.equal(stack[1], stack[2]) == (slices == 1)
+
+
+def test_fundus_domains(tmp_path):
+    """Disc and cup from grey values, those between to the nearest; validation is drawn from train."""
+    rng = np.random.default_rng(0)
+    for domain in ("Domain1", "Domain2"):
+        for part, count in (("train", 10), ("test", 3)):
+            base = tmp_path / domain / part / "ROIs"
+            (base / "image").mkdir(parents=True)
+            (base / "mask").mkdir()
+            for number in range(count):
+                Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(base / "image" / f"{number}.png")
+                mask = np.full((20, 24), 255, np.uint8)
+                mask[4:16, 4:20], mask[8:12, 8:14] = 128, 0
+                mask[4, 4:8] = 191, 192, 64, 63
+                Image.fromarray(mask).save(base / "mask" / f"{number}.png")
+    loaded = data.load_folder(tmp_path, 24)
+    assert [site.name for site in loaded.sites] == ["Domain1", "Domain2"] and "fundus" in loaded.origin
+    assert loaded.structures == data.STRUCTURES["fundus"] and loaded.channels == 3 and loaded.classes == 3
+    site = loaded.sites[0]
+    assert [len(part.cases) for part in splits_of(site)] == [8, 2, 3]
+    assert all(case.startswith("test/") == (part is site.test) for part in splits_of(site) for case in part.cases)
+    mask = data.read_mask(tmp_path / "Domain1/train/ROIs/mask/0.png", [255, 128, 0], nearest=True)
+    assert mask[4, 4:8].tolist() == [1, 0, 1, 2]
+    assert mask[0, 0] == 0 and mask[5, 5] == 1 and mask[9, 9] == 2
+
+
+def test_slices_in_singular_and_plural(tmp_path):
+    for part, names in (("train", ("image", "mask")), ("validation", ("images", "mask")), ("test", ("image", "masks"))):
+        write_site(tmp_path / "a", part, 3)
+        for old, new in zip(("images", "masks"), names):
+            (tmp_path / "a" / part / old).rename(tmp_path / "a" / part / new)
+    site, = data.load_folder(tmp_path, 32).sites
+    assert [len(part.cases) for part in splits_of(site)] == [3, 3, 3]
+    assert [part.cases[0].split("/")[0] for part in splits_of(site)] == ["train", "validation", "test"]
+
+
+def test_kinds_of_image_files(tmp_path):
+    """Palette, alpha, CMYK, EXIF rotation and 16 bits give the pixels that a viewer shows."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
+    smooth = Image.fromarray(pixels).resize((4, 3)).resize((24, 20))
+    palette = smooth.quantize(16)
+    palette.save(tmp_path / "palette.png")
+    assert np.array_equal(data.read_image(tmp_path / "palette.png"), np.asarray(palette.convert("RGB")))
+    Image.fromarray(np.dstack([pixels, np.full((20, 24), 7, np.uint8)])).save(tmp_path / "alpha.png")
+    assert np.array_equal(data.read_image(tmp_path / "alpha.png"), pixels)
+    smooth.convert("CMYK").save(tmp_path / "cmyk.jpg", quality=95)
+    assert np.abs(data.read_image(tmp_path / "cmyk.jpg") - np.asarray(smooth)).mean() < 8
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90° clockwise
+    Image.fromarray(pixels).save(tmp_path / "turned.png", exif=exif)
+    assert np.array_equal(data.read_image(tmp_path / "turned.png"), np.rot90(pixels, -1))
+    deep = np.arange(480, dtype=np.uint16).reshape(20, 24) * 136
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    assert np.array_equal(data.read_image(tmp_path / "deep.png")[:, :, 0], deep)
+    indices = np.random.default_rng(1).integers(0, 3, (20, 24), dtype=np.uint8)
+    coloured = Image.fromarray(indices)
+    coloured.putpalette([0, 0, 0, 255, 0, 0, 0, 255, 0])
+    coloured.save(tmp_path / "mask.png")
+    assert np.array_equal(data.read_mask(tmp_path / "mask.png"), indices)
+    Image.fromarray(np.repeat(indices[:, :, None], 3, axis=2)).save(tmp_path / "grey.png")
+    assert np.array_equal(data.read_mask(tmp_path / "grey.png"), indices)
+
+
+def test_images_on_disk_read_as_a_tensor():
+    images = torch.randn(11, 2, 4, 5)
+    stored = data.Stored((2, 4, 5), "cpu")
+    for part in images.split([1, 4, 6]):
+        stored.append(part.numpy())
+    assert len(stored) == 11
+    for chosen in (torch.tensor([3, 0, 10]), slice(2, 7), slice(0, 99), torch.arange(11)):
+        assert torch.equal(stored[chosen], images[chosen])
+    assert all(torch.equal(a, b) for a, b in zip(stored.split(3), images.split(3)))
+
+
+def test_list_shows_the_images(tmp_path, capsys):
+    write_volumes(tmp_path / "root", {"BMC": 4, "UCL": 4})
+    assert train.main(["--root", str(tmp_path / "root"), "--list", "--size", "24", "--out", str(tmp_path / "look")]) == 0
+    text = capsys.readouterr().out
+    bmc = next(line for line in text.splitlines() if line.startswith("BMC"))
+    assert bmc.split()[1:5] == ["2", "1", "1", "20"] and "5×20×24" in bmc and "3×0.5×0.5" in bmc
+    shares = [float(share) for share in bmc.split()[-2:]]
+    assert sum(shares) == pytest.approx(100, abs=0.02) and 3 < shares[1] < 40
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["look-hospitals.png", "root"]
 
 
 # ---------------------------------------------------------------- the script: wrong input
@@ -1077,7 +1341,7 @@ def test_every_method_outside_runs(tmp_path):
     last = [row["dice"] for row in outside if row["method"] == "passes-20"]
     assert last == [row["dice"] for row in rows if row.get("pass") == 20 and row["method"] == "passes-20"]
     folder = tmp_path / "run" / "seed0-Cedar"
-    site = data.simulate_sites("prostate", 0, 24, 6, 3)[2].everything()
+    site = data.simulate_sites("prostate", 0, 24, 6, 3).sites[2].everything
     models = [iopfl.with_state(UNet(1, 2, 4, 1), torch.load(folder / f"{name}.pt", weights_only=True))
               for name in ("personal-Alder", "personal-Birch", "global")]
     average = iopfl.with_state(models[0], iopfl.aggregate([m.state_dict() for m in models], [1, 1, 1]))
@@ -1112,6 +1376,136 @@ def test_comparison_by_hand():
     for wins, losses, p in ((5, 0, 2 / 32), (0, 5, 2 / 32), (3, 3, 1.0), (0, 0, 1.0), (8, 2, 2 * (45 + 10 + 1) / 1024)):
         assert train.sign_test(wins, losses) == pytest.approx(p)
 
+# ---------------------------------------------------------------- a hospital with unlabelled images alone
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory):
+    """Root of three sites of unequal photographs, and a run that held the last one out."""
+    root, out = (tmp_path_factory.mktemp("adapt") / name for name in ("root", "run"))
+    for name in ("a", "b", "c"):
+        write_site(root, name, 7, size=26, values=(0, 255))
+        for file in sorted((root / name / "images").iterdir())[:2]:  # some of another size
+            for path in (file, root / name / "masks" / file.name):
+                Image.open(path).resize((33, 21), Image.Resampling.NEAREST).save(path)
+    assert train.main([*TINY, "--root", str(root), "--mask-values", "0", "255", "--rounds", "3", "--lr", "1e-2",
+                       "--width", "4", "--out", str(out)]) == 0
+    return root, out
+
+
+def adapted(run, images, out, *more) -> int:
+    return train.main(["--adapt", str(run), "--images", str(images), "--out", str(out), "--device", "cpu", *more])
+
+
+def test_adapting_a_run_repeats_its_outside_phase(folder_run, tmp_path, capsys):
+    """The same adapted network, so the same masks; used again as it is, it gives them once more."""
+    root, run = folder_run
+    images = root / "c" / "images"
+    assert adapted(run, images, tmp_path / "one") == 0
+    states = [torch.load(file, weights_only=True) for file in (run / "seed0-c" / "adapted.pt", tmp_path / "one" / "adapted.pt")]
+    assert states[0].keys() == states[1].keys() and all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+    assert adapted(run / "seed0-c", images, tmp_path / "fold") == 0
+    assert adapted(tmp_path / "one", images, tmp_path / "again") == 0
+    routed, known = train.open_run(tmp_path / "one", "cpu")
+    for number in range(7):
+        file = f"{number:02d}.png"
+        with Image.open(images / file) as image, Image.open(tmp_path / "one" / "masks" / file) as mask:
+            assert mask.size == image.size
+            x = torch.from_numpy(data.read_unlabelled(images / file, 16, 3))
+            wanted = F.interpolate(router.predict(routed, x), image.size[::-1], mode="bilinear").argmax(dim=1)[0]
+            assert np.array_equal(np.asarray(mask), wanted)
+        for other in ("fold", "again"):
+            assert (tmp_path / other / "masks" / file).read_bytes() == (tmp_path / "one" / "masks" / file).read_bytes()
+        with Image.open(tmp_path / "one" / "overlays" / file) as overlay, Image.open(images / file) as image:
+            assert overlay.mode == "RGB" and overlay.size == image.size
+    with open(tmp_path / "one" / "images.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["file"] for row in rows] == [f"{n:02d}.png" for n in range(7)]
+    for row in rows:
+        mask = np.asarray(Image.open(tmp_path / "one" / "masks" / row["file"]))
+        assert float(row["foreground"]) == pytest.approx((mask > 0).mean()) and 0 <= float(row["confidence"]) <= 1
+    chosen = json.loads((tmp_path / "one" / "adapted.json").read_text())["chosen"]
+    assert list(chosen) == ["personal-a", "personal-b", "global"] and sum(chosen.values()) == pytest.approx(1)
+    assert Image.open(tmp_path / "one" / "routing.png").size[0] > 100
+    assert "personal-a" in capsys.readouterr().out
+
+
+def test_adapting_with_masks_reports_dice(folder_run, tmp_path):
+    root, run = folder_run
+    assert adapted(run, root / "c/images", tmp_path / "x", "--masks", str(root / "c/masks"), "--mask-values", "0", "255") == 0
+    with open(tmp_path / "x" / "images.csv") as file:
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    model = iopfl.with_state(UNet(3, 2, 4, 1), torch.load(run / "seed0-c" / "global.pt", weights_only=True))
+    for name, row in rows.items():
+        truth = np.asarray(Image.open(root / "c/masks" / name)) > 0
+        after = np.asarray(Image.open(tmp_path / "x" / "masks" / name)) > 0
+        assert float(row["Dice class 1 after"]) == pytest.approx(iopfl.dice(after, truth))
+        with torch.no_grad():
+            p = model(torch.from_numpy(data.read_unlabelled(root / "c/images" / name, 16, 3))).softmax(dim=1)
+        before = F.interpolate(p, truth.shape, mode="bilinear").argmax(dim=1)[0].numpy() > 0
+        assert float(row["Dice class 1 before"]) == pytest.approx(iopfl.dice(before, truth), abs=0.01)
+
+
+def test_adapting_skips_broken_images_and_overwrites_only_when_told(folder_run, tmp_path, capsys):
+    root, run = folder_run
+    images, out = tmp_path / "images", tmp_path / "out"
+    shutil.copytree(root / "c/images", images)
+    _cut(images / "03.png")
+    (images / "notes.txt").write_text("no image")
+    assert adapted(run, images, out) == 1
+    captured = capsys.readouterr()
+    assert "left out" in captured.err and "03.png" in captured.err and "6 of 7 files" in captured.out
+    assert sorted(f.stem for f in (out / "masks").iterdir()) == ["00", "01", "02", "04", "05", "06"]
+    before = tree(tmp_path)
+    assert adapted(run, images, out) == 2 and "--overwrite" in capsys.readouterr().err and tree(tmp_path) == before
+    (images / "03.png").unlink()
+    assert adapted(run, images, out, "--overwrite") == 0
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "letter.txt").write_text("keep")
+    assert adapted(run, images, other, "--overwrite") == 2 and (other / "letter.txt").read_text() == "keep"
+    capsys.readouterr()
+    for run_folder, folder, part in ((tmp_path / "nowhere", images, "found 0"), (run, tmp_path / "nowhere", "nowhere"),
+                                     (run, other, "no readable image")):
+        assert adapted(run_folder, folder, tmp_path / "y") == 2
+        error = capsys.readouterr().err
+        assert part in error and error.count("\n") == 1 and not list(tmp_path.glob("y*"))
+
+
+def test_adapting_online_takes_one_step_a_batch(folder_run, tmp_path, monkeypatch):
+    root, run = folder_run
+    steps, step = [], router.step
+    monkeypatch.setattr(router, "step", lambda routed, optimiser, images, generator: (
+        steps.append(len(images)), step(routed, optimiser, images, generator)))
+    assert adapted(run, root / "c/images", tmp_path / "x", "--online") == 0
+    assert steps == [5, 2]
+
+
+def test_adapting_to_volumes(tmp_path):
+    """NIfTI in, NIfTI out: the file's own axes, affine and shape, whatever its orientation."""
+    nibabel = pytest.importorskip("nibabel")
+    write_volumes(tmp_path / "root", {"A": 4, "B": 4, "C": 4})
+    assert train.main([*TINY, "--root", str(tmp_path / "root"), "--rounds", "2", "--skip-empty", "--out", str(tmp_path / "run")]) == 0
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for case, codes in (("p", "LPS"), ("q", "SRA")):
+        body, _ = data.read_volume(tmp_path / "root/C/Case01.nii.gz")
+        truth, _ = data.read_volume(tmp_path / "root/C/Case01_segmentation.nii.gz")
+        for folder, values, name in ((images, body, f"{case}.nii"), (masks, truth, f"{case}_segmentation.nii.gz")):
+            spl = nibabel.Nifti1Image(values, affine("SPL", (3.0, 0.6, 0.5)))
+            order = nibabel.orientations.ornt_transform(nibabel.io_orientation(spl.affine), nibabel.orientations.axcodes2ornt(codes))
+            turned = spl.as_reoriented(order)
+            folder.mkdir(exist_ok=True)
+            nibabel.save(turned, folder / name)
+    assert adapted(tmp_path / "run", images, tmp_path / "out", "--masks", str(masks)) == 0
+    found = []
+    for case in "pq":
+        mask, image = nibabel.load(tmp_path / f"out/masks/{case}.nii.gz"), nibabel.load(images / f"{case}.nii")
+        assert mask.shape == image.shape and np.allclose(mask.affine, image.affine)
+        found.append(data.read_volume(tmp_path / f"out/masks/{case}.nii.gz")[0])
+    assert np.array_equal(*found)
+    with open(tmp_path / "out" / "images.csv") as file:
+        p, q = csv.DictReader(file)
+    assert float(p["Dice prostate after"]) == float(q["Dice prostate after"]) == pytest.approx(iopfl.dice(found[0] > 0, truth > 0))
+
+
 # ---------------------------------------------------------------- the script: from start to finish
 TOY = {"prostate": ["--size", "48", "--images-per-site", "40", "--depth", "3", "--rounds", "15", "--lr", "5e-3"],
        "fundus": ["--size", "32", "--images-per-site", "20", "--depth", "2", "--rounds", "20", "--lr", "5e-3"]}
@@ -1130,7 +1524,7 @@ def toy_run(request, tmp_path_factory):
 
 def test_run_reports(toy_run):
     task, _, results = toy_run
-    assert set(results) == {"config", "environment", "seconds", "rows"}
+    assert set(results) == {"config", "data", "environment", "seconds", "rows"}
     assert results["config"]["task"] == task and results["config"]["routing"]["activation"] == "softmax"
     assert {"inside", "outside", "total"} <= set(results["seconds"])
     assert results["environment"]["device"] == "cpu" and results["environment"]["peak_memory_mib"] > 0
@@ -1162,7 +1556,7 @@ def test_run_leaves_models_and_pictures(toy_run):
         assert all(torch.isfinite(value).all() and value.device.type == "cpu" for value in state.values())
     # The saved global model gives the Dice of the report.
     config = results["config"]
-    site = data.simulate_sites(task, 0, config["size"], config["images_per_site"], 3)[0]
+    site = data.simulate_sites(task, 0, config["size"], config["images_per_site"], 3).sites[0]
     structures = data.STRUCTURES[task]
     model = train.UNet(data.CHANNELS[task], 1 + len(structures), config["width"], config["depth"])
     model.load_state_dict(torch.load(folder / "global.pt", weights_only=True))
@@ -1184,7 +1578,7 @@ def test_trained_model_beats_every_constant_mask(toy_run):
     """Mean Dice of FedAvg on the test images inside, each structure, against the best constant mask."""
     task, _, results = toy_run
     config = results["config"]
-    sites = data.simulate_sites(task, 0, config["size"], config["images_per_site"], 3)[:2]
+    sites = data.simulate_sites(task, 0, config["size"], config["images_per_site"], 3).sites[:2]
     for structure, classes in data.STRUCTURES[task].items():
         trained = np.mean([row["dice"] for row in results["rows"]
                            if (row["method"], row["structure"]) == ("fedavg", structure)])

@@ -361,7 +361,7 @@ def oracle(args: argparse.Namespace, global_model: torch.nn.Module, split: data.
     generator = torch.Generator().manual_seed(seed)
     chosen = {cases[i] for i in torch.randperm(len(cases), generator=generator)[:len(cases) // 2]}
     first = torch.tensor([case in chosen for case in split.cases], device=split.masks.device)
-    prediction = torch.empty_like(split.masks)
+    prediction = torch.empty_like(split.masks, dtype=torch.long)
     for half in (first, ~first):
         model = copy.deepcopy(global_model)
         iopfl.train_local(model, split.images[~half], split.masks[~half], epochs=10, batch_size=args.batch_size,
