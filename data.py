@@ -53,10 +53,10 @@ class Stored(Gathered):
         return self.count
 
     def __getitem__(self, chosen) -> Tensor:
-        chosen = chosen.cpu() if isinstance(chosen, Tensor) else chosen
-        numbers, each = np.arange(self.count)[chosen], 4 * int(np.prod(self.shape))
+        numbers = torch.arange(self.count, device=self.device)[chosen].tolist()
+        size = 4 * int(np.prod(self.shape))  # bytes of an image
         self.file.flush()
-        rows = [os.pread(self.file.fileno(), each, each * int(number)) for number in numbers]
+        rows = [os.pread(self.file.fileno(), size, size * number) for number in numbers]
         images = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(-1, *self.shape)
         return torch.from_numpy(images.copy()).to(self.device, memory_format=torch.channels_last)
 
@@ -585,7 +585,7 @@ def _volume_site(name: str, pairs: list, parts: list[np.ndarray], size: int, ski
                        torch.from_numpy(np.concatenate(masks)), cases)
     chosen = [np.concatenate([of_case[case] for case in part]) for part in parts]
     if skip_empty:
-        chosen[0] = chosen[0][everything.masks[chosen[0]].flatten(1).any(dim=1).numpy()]
+        chosen[0] = chosen[0][(everything.masks[chosen[0]] > 0).flatten(1).any(dim=1).numpy()]
     return Site(name, everything, chosen, spacing, shapes)
 
 
@@ -643,7 +643,7 @@ def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
         raise ValueError(f"{path}: not a readable NIfTI file ({error}); replace or remove it") from None
     import nibabel
     size = nibabel.affines.voxel_sizes(file.affine)
-    return (nibabel.orientations.apply_orientation(values, there),
+    return (np.ascontiguousarray(nibabel.orientations.apply_orientation(values, there)),
             tuple(float(size[there[:, 0] == axis][0]) for axis in range(3)))
 
 
