@@ -14,13 +14,14 @@ A run that was interrupted goes on where it stopped when the same command is giv
 import argparse
 import copy
 import csv
+import itertools
 import json
 import math
 import resource
 import shutil
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from multiprocessing import get_context
@@ -634,12 +635,13 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
         path = folds[0]
         results = json.loads((path.parent / "results.json").read_text())
         known = {**results["config"], **results["data"], "seed": int(path.name[4:].split("-")[0]), "adapted": False,
-                 "experts": [*sorted(file.stem for file in path.glob("personal-*.pt")), "global"]}
+                 "experts": [*sorted(file.stem.removeprefix("personal-") for file in path.glob("personal-*.pt")), "global"]}
     classes = 1 + max(max(classes) for classes in known["structures"].values())
     models = [UNet(known["channels"], classes, known["width"], known["depth"]) for _ in known["experts"]]
     if not known["adapted"]:
-        for name, model in zip(known["experts"], models):
-            model.load_state_dict(torch.load(path / f"{name}.pt", weights_only=True))
+        files = [*(f"personal-{name}.pt" for name in known["experts"][:-1]), "global.pt"]
+        for file, model in zip(files, models):
+            model.load_state_dict(torch.load(path / file, weights_only=True))
     models = [model.to(device, memory_format=torch.channels_last).eval() for model in models]
     routed = router.build_routed(models, RoutingSettings(**known["routing"]), torch.Generator().manual_seed(known["seed"]))
     if known["adapted"]:
@@ -647,16 +649,15 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
     return routed, known
 
 
-def progress(items: list, label: str) -> Iterator:
+def progress(items: Sequence, label: str) -> Iterator:
     """The items, with their count and the time left on a terminal."""
-    begin, shown = time.perf_counter(), sys.stderr.isatty()
+    begin = time.perf_counter()
     for number, item in enumerate(items):
-        if shown:
-            left = f", {(time.perf_counter() - begin) / number * (len(items) - number):.0f} s left" if number else ""
-            print(f"\r{label} {number + 1}/{len(items)}{left}    ", end="", file=sys.stderr, flush=True)
         yield item
-    if shown:
-        print(file=sys.stderr)
+        if sys.stderr.isatty():
+            left = (time.perf_counter() - begin) / (number + 1) * (len(items) - number - 1)
+            end = "\n" if number + 1 == len(items) else ""
+            print(f"\r{label} {number + 1}/{len(items)}, {left:.0f} s left    ", end=end, file=sys.stderr, flush=True)
 
 
 def adapt(args: argparse.Namespace, out: Path) -> int:
@@ -685,18 +686,14 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
         (folder / name).mkdir(parents=True)
 
     generator = torch.Generator(args.device).manual_seed(known["seed"])
-    begin, passes = time.perf_counter(), known["routing"]["passes"]
-
-    def after_pass(number: int) -> None:
-        if number:
-            left = (time.perf_counter() - begin) * (passes / number - 1)
-            print(f"adapted: pass {number} of {passes}, {left:.0f} s left", file=sys.stderr, flush=True)
-
+    begin, passes = time.perf_counter(), progress(range(known["routing"]["passes"] + 1), "adapting, pass")
     if known["adapted"]:
         batches = (router.predict(routed, batch) for batch in stored.split(routed.settings.batch_size))
     else:
-        batches = router.adapt_batches(routed, stored, generator=generator, online=args.online, after_pass=after_pass)
+        batches = router.adapt_batches(routed, stored, generator=generator, online=args.online,
+                                       after_pass=lambda number: next(passes, None))
     images = outside_images(routed, stored, batches, bool(args.masks))
+    images = itertools.chain([next(images)], images)  # the first comes after all passes
     rows = []
     for file, count in progress(sources, "predicting"):
         rows.append(write_masks(file, [next(images) for _ in range(count)], known, args, folder))
