@@ -126,17 +126,17 @@ class Method:
 
     stays: the layers that never leave a client: "none", "batchnorm", "head" (the last layer) or "all".
     proximal: μ of the term μ/2 · ‖w - g‖² in the training of the model that is shared.
-    alpha: the client's own model accumulates its local models with this α (M2). With None and no own_proximal
-    it is the shared model with the layers that stayed.
-    own_proximal: λ: the client's own model is trained beside the shared one, from where it was, by as many
-    steps, with the term λ/2 · ‖v - g‖².
+    own: what the client's own model accumulates with this alpha (M2; 0: it is that model itself): "shared", the
+    shared model with the layers that stayed; "local", the client's local models. Or "apart": it is trained beside
+    the shared one, from where it was, by as many steps, with the term λ/2 · ‖v - g‖², λ being own_proximal.
     pooled: the images of all clients lie in one place.
     """
 
     stays: str = "none"
     proximal: float = 0.0
-    alpha: float | None = None
-    own_proximal: float | None = None
+    own: str = "shared"
+    alpha: float = 0.0
+    own_proximal: float = 0.0
     pooled: bool = False
 
     @property
@@ -151,9 +151,9 @@ METHODS = {
     "fedprox": Method(proximal=0.001),  # Li et al. 2020
     "fedbn": Method(stays="batchnorm"),  # Li et al. 2021
     "fedper": Method(stays="head"),  # Arivazhagan et al. 2019
-    "ditto": Method(own_proximal=0.1),  # Li et al. 2021
-    "fedavg-ft": Method(alpha=0.0),  # one epoch of local training from the global model
-    "iopfl": Method(alpha=0.7),
+    "ditto": Method(own="apart", own_proximal=0.1),  # Li et al. 2021
+    "fedavg-ft": Method(own="local"),  # the last local model: one epoch from the global model of the round before
+    "iopfl": Method(own="local", alpha=0.7),
     "centralised": Method(pooled=True),  # the ceiling: what no federation may do
 }
 
@@ -223,17 +223,19 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
                 local, losses[name] = train({**start, **stayed[name]}, name, "all", proximal=shared.proximal)  # w_k^t
                 stayed[name] = {entry: local[entry] for entry in stays}
                 for label, method in methods.items():
-                    if method.alpha is not None:
+                    if method.own == "local":
                         own[label][name] = update_personal(own[label].get(name), local, method.alpha)  # p_k^t
-                    elif method.own_proximal is not None:
+                    elif method.own == "apart":
                         own[label][name], _ = train(own[label].get(name, initial), name, label,
                                                     proximal=method.own_proximal, anchor=start)
                 yield {entry: local[entry] for entry in start}
 
         global_state = aggregate(local_states(), sizes)  # g^t
         for label, method in methods.items():
-            if method.alpha is None and method.own_proximal is None:
-                own[label] = {name: {**global_state, **stayed.get(name, {})} for name in clients}
+            if method.own == "shared":
+                whole = {name: {**global_state, **stayed.get(name, {})} for name in clients}
+                own[label] = {name: update_personal(own[label].get(name), state, method.alpha)
+                              for name, state in whole.items()} if method.alpha else whole
         yield Round(number, global_state, {label: dict(states) for label, states in own.items()}, losses)
 
 

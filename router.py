@@ -42,7 +42,7 @@ class RoutingSettings:
     passes: int = 3  # over the images, offline
     batch_size: int = 5
     dropout: float = 0.2  # inside the routers, while adapting
-    leash: float = 0.01  # relative change of a class's area that adaptation may bring; inf: any
+    leash: float | None = 0.01  # relative change of a class's area that adaptation may bring; None: any
 
     def __post_init__(self) -> None:
         for name, allowed in (("activation", ("softmax", "sigmoid")), ("start", ("random", "uniform", "matched", "best")),
@@ -58,14 +58,16 @@ class RoutingSettings:
 # which is 25 times M8's mean; its shape term, the 2-norm of 10⁻⁶ · M7, has about the gradient of 0.004 times
 # M7's mean at 384 × 384.
 AUTHORS = RoutingSettings(activation="sigmoid", start="random", mix_batchnorm=False, statistics="batch",
-                          entropy=25.0, consistency=0.1, shape=0.004, lr=1e-3, passes=10, leash=float("inf"))
+                          entropy=25.0, consistency=0.1, shape=0.004, lr=1e-3, passes=10, leash=None)
 
 
 # ---------------------------------------------------------------- the routed network (M4, M5)
 @dataclass
 class Trace:
-    """What one forward pass leaves for later layers and for reports: routing weights (N, M)."""
+    """What one forward pass leaves for later layers and for reports: routing weights (N, M). `fixed`, a tensor (M,),
+    replaces what the routers would say."""
 
+    fixed: Tensor | None = None
     latest: Tensor | None = None
     layers: dict[str, Tensor] = field(default_factory=dict)
 
@@ -73,8 +75,7 @@ class Trace:
 class Router(nn.Module):
     """r(x) = act(FC2(Dropout(FC1(GlobalAvgPool(x))))): one weight an expert, per sample (M4).
 
-    `fixed`, a tensor (M,), replaces what the router would say. In training mode `generator` draws the
-    dropout; in evaluation mode there is none.
+    In training mode `generator` draws the dropout; in evaluation mode there is none.
     Source: published code; softmax and the starts other than random: ours.
     """
 
@@ -88,13 +89,10 @@ class Router(nn.Module):
             nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
             nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
         self.activation, self.dropout, self.per_sample = settings.activation, settings.dropout, settings.per_sample
-        self.fixed: Tensor | None = None
         self.generator: torch.Generator | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, H, W) → routing weights (N, M)."""
-        if self.fixed is not None:
-            return self.fixed.expand(len(x), -1)
         hidden = self.fc1(x.mean(dim=(2, 3)))  # (N, 2C)
         if not self.per_sample:
             hidden = torch.zeros_like(hidden)
@@ -132,7 +130,8 @@ class RoutedConv2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C_in, H, W) → (N, C_out, H', W')."""
-        routing = self.router(x)  # (N, M)
+        fixed = self.trace.fixed
+        routing = self.router(x) if fixed is None else fixed.expand(len(x), -1)  # (N, M)
         self.trace.latest = routing
         self.trace.layers[self.name] = routing.detach()
         if self.frame:
@@ -153,7 +152,7 @@ class RoutedConv2d(nn.Module):
 class RoutedBatchNorm2d(nn.Module):
     """BatchNorm of M experts: statistics and affine mixed by the weights of the last routed convolution.
 
-    With `mix` off, those of the last expert. `delta_weight` and `delta_bias` (C,) are what adaptation adds
+    With `mix_batchnorm` off, those of the last expert. `delta_weight` and `delta_bias` (C,) are what adaptation adds
     to the affine. Statistics: (1-s) · running + s · own; train and eval mode do not matter. Own are those of the
     batch, or those of the site, which `measure_site` counts up, with the s that `prepare` set.
     Source: published code (last expert, batch, s = 1); the rest: ours.
@@ -169,7 +168,7 @@ class RoutedBatchNorm2d(nn.Module):
             self.delta_weight = nn.Parameter(torch.zeros_like(norm.weight))
             self.delta_bias = nn.Parameter(torch.zeros_like(norm.bias))
         self.affine, self.eps, self.experts, self.trace = norm.affine, norm.eps, len(experts), trace
-        self.mix, self.statistics, self.settings = settings.mix_batchnorm, settings.statistics, settings
+        self.settings = settings
         if norm.track_running_stats:
             self.register_buffer("site_mean", torch.zeros_like(norm.running_mean))
             self.register_buffer("site_square", torch.zeros_like(norm.running_var))
@@ -178,15 +177,16 @@ class RoutedBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the same shape."""
-        if self.mix and self.trace.latest is not None:
+        fixed = self.trace.fixed is not None
+        if (self.settings.mix_batchnorm or fixed) and self.trace.latest is not None:
             routing = self.trace.latest / self.trace.latest.sum(dim=1, keepdim=True)  # (N, M)
         else:
             routing = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts).to(x)  # (1, M)
         mean = variance = share = 0.0
-        if self.running_mean is None or self.statistics == "batch":
+        if self.running_mean is None or self.settings.statistics == "batch" and not fixed:
             share = 1.0 if self.running_mean is None else self.settings.share
             mean, variance = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)  # (C,)
-        elif self.statistics == "site":
+        elif self.settings.statistics == "site" and not fixed:
             share = self.site_share
             mean, variance = self.site_mean, (self.site_square - self.site_mean.square()).clamp_min(0)
         if self.running_mean is not None:
@@ -209,12 +209,13 @@ class RoutedNetwork(nn.Module):
         self.network, self.trace, self.experts, self.settings = network, trace, experts, settings
         if settings.start != "random":
             self.start_at(torch.full((experts,), 1 / experts))
-        self._built = {name: value.detach().clone() for name, value in self.named_parameters()}
+        self._built = self.parameters_now()
         self.start: dict[str, Tensor] | None = None  # the parameters before the first step
+        self.optimiser: torch.optim.Optimizer | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """Images (N, C_in, H, W) → what the networks return, usually logits (N, C, H, W)."""
-        self.trace.latest = None
+        self.trace.latest = None if self.trace.fixed is None else self.trace.fixed[None]
         self.trace.layers.clear()
         y = self.network(x)
         self.trace.latest = None  # it holds the graph of this pass
@@ -233,6 +234,10 @@ class RoutedNetwork(nn.Module):
         return [parameter for module in self.modules() if isinstance(module, (Router, RoutedBatchNorm2d))
                 for parameter in module.parameters()]
 
+    def parameters_now(self) -> dict[str, Tensor]:
+        """A copy of all parameters."""
+        return {name: value.detach().clone() for name, value in self.named_parameters()}
+
     def start_at(self, weights: Tensor) -> None:
         """Let every layer route every image by the weights (M,), which sum to one."""
         for router in self.routers():
@@ -246,7 +251,7 @@ class RoutedNetwork(nn.Module):
         for norm in self.norms():
             for buffer in (norm.site_mean, norm.site_square, norm.site_images, norm.site_share):
                 buffer.zero_()
-        self.start = None
+        self.start = self.optimiser = None
 
 
 def build_routed(models: list[nn.Module], settings: RoutingSettings | None = None,
@@ -296,19 +301,11 @@ def _describe(module: nn.Module) -> str:
 def fixed_routing(routed: RoutedNetwork, weights: Tensor):
     """Within this context the network is the mixture by the given weights (M,): for every image and layer,
     BatchNorm with its running statistics included. One-hot weights give an expert as it was trained."""
-    norms = [module for module in routed.modules() if isinstance(module, RoutedBatchNorm2d)]
-    before = [(norm.mix, norm.statistics) for norm in norms]
-    for norm in norms:
-        norm.mix, norm.statistics = True, "running"
-    for router in routed.routers():
-        router.fixed = weights.to(router.fc2.weight)
+    routed.trace.fixed = weights.to(next(routed.parameters()))
     try:
         yield
     finally:
-        for norm, (mix, statistics) in zip(norms, before):
-            norm.mix, norm.statistics = mix, statistics
-        for router in routed.routers():
-            router.fixed = None
+        routed.trace.fixed = None
 
 
 # ---------------------------------------------------------------- the objective (M6 to M8)
@@ -452,35 +449,35 @@ def prepare(routed: RoutedNetwork, images: Tensor) -> None:
     the federation keeps running statistics, learnt from more images than it has. Ours.
     """
     settings = routed.settings
-    own_statistics = settings.statistics == "site" and bool(routed.norms())
-    if own_statistics or settings.start in ("matched", "best"):
+    if settings.start in ("matched", "best") or settings.statistics == "site" and routed.norms():
         divergence = match_statistics(routed, images)
         if settings.start == "best":
             routed.start_at(F.one_hot(divergence.argmin(), routed.experts))
         elif settings.start == "matched":
             routed.start_at(matched_weights(divergence, settings.match_floor, settings.global_share))
+        # Where no expert is set apart as the global one, the mean over all stands for it.
+        apart = divergence.mean() if settings.global_share is None else divergence[-1]
         for norm in routed.norms():
-            norm.site_share.fill_(1 / (1 + (settings.tolerance / divergence[-1].clamp_min(1e-12)) ** 4))
-    if own_statistics:
-        # At most 64 images, spread over the site, since neighbours may be slices of one patient.
-        measure_site(routed, images[torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()])
-    routed.start = {name: value.detach().clone() for name, value in routed.named_parameters()}
+            norm.site_share.fill_(1 / (1 + (settings.tolerance / apart.clamp_min(1e-12)) ** 4))
+    routed.start = routed.parameters_now()
+    routed.optimiser = torch.optim.Adam(routed.adaptable_parameters(), lr=settings.lr)
 
 
-def step(routed: RoutedNetwork, optimiser: torch.optim.Optimizer, images: Tensor, generator: torch.Generator) -> None:
+def step(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> None:
     """One step on a batch of images (N, C_in, H, W), kept on a leash.
 
     Every term of the objective is least for an empty mask, and no image says how generously its annotator draws.
     So the areas of the classes are compared with those that the start gives for the same images; where one has
-    changed by more than `settings.leash`, all parameters go half of the way back to the start. Leash: ours.
+    changed by more than `settings.leash`, all parameters go half of the way back to the start. The areas are those
+    before the step, which saves a pass: what this step adds is seen by the next one. Leash: ours.
     """
     for r in routed.routers():
         r.train().generator = generator  # dropout on; `predict` turns it off
     loss, probabilities = adaptation_loss(routed, images, generator)
-    optimiser.zero_grad()
+    routed.optimiser.zero_grad()
     loss.backward()
-    optimiser.step()
-    if routed.settings.leash < float("inf"):
+    routed.optimiser.step()
+    if routed.settings.leash is not None:
         with torch.no_grad():
             at_start = torch.func.functional_call(routed, routed.start, (images,)).softmax(dim=1)
             area, start_area = (p[:, 1:].mean(dim=(0, 2, 3)) for p in (probabilities, at_start))  # (C-1,)
@@ -506,27 +503,29 @@ def adapt_batches(routed: RoutedNetwork, images: Tensor, *, generator: torch.Gen
     on disk. The experts are never changed. Everything else is in `routed.settings`.
     offline: `passes` over all images in random order, then they are predicted; after_pass: called with 0 before the
     first pass and with its number after each.
+    Start and statistics come from all images, statistics from at most 64 of them.
     online: in the given order each batch is counted into the site's statistics, used for one step and predicted;
-    call again to go on. Start and statistics come from all images, or online from the batches so far.
+    call again to go on. The start, and how much of the statistics is taken, come from the first batch alone.
     """
     settings = routed.settings
     routed.eval()  # dropout of the networks' own stays off throughout
-    first = routed.start is None
-    if first:
+    if routed.start is None:
         prepare(routed, images[:settings.batch_size] if online else images)
-    optimiser = torch.optim.Adam(routed.adaptable_parameters(), lr=settings.lr)
+        if settings.statistics == "site" and not online:
+            # Spread over the site, since neighbours may be slices of one patient.
+            measure_site(routed, images[torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()])
     if not online:
         after_pass(0)
         for number in range(1, settings.passes + 1):
             order = torch.randperm(len(images), generator=generator, device=images.device)
             for numbers in order.split(settings.batch_size):
-                step(routed, optimiser, images[numbers], generator)
+                step(routed, images[numbers], generator)
             after_pass(number)
-    for number, batch in enumerate(images.split(settings.batch_size)):
+    for batch in images.split(settings.batch_size):
         if online:
-            if settings.statistics == "site" and (number or not first):
+            if settings.statistics == "site":
                 measure_site(routed, batch)
-            step(routed, optimiser, batch, generator)
+            step(routed, batch, generator)
         yield predict(routed, batch)
 
 

@@ -64,32 +64,34 @@ OUTSIDE = {
     "bn": Outside("global", replace(AS_TRAINED, statistics="site", tolerance=0.0)),
     # With one expert there is nothing to route: what moves is BatchNorm's affine (Wang et al. 2021).
     "tent": Outside("global", replace(AS_TRAINED, statistics="batch", entropy=1.0, consistency=0.0, shape=0.0, lr=1e-3,
-                                      passes=1, leash=math.inf)),
+                                      passes=1, leash=None)),
     "routing": Outside(),
     "routing-authors": Outside(settings=AUTHORS),
     "oracle": None,  # trained on labels of the hospital outside
 }
 CEILINGS = {"centralised", "oracle"}  # know what no method may know
-INSIDE_ABLATIONS = {f"alpha={alpha}": Method(alpha=alpha) for alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)}
-OUTSIDE_ABLATIONS = {
-    "no-steps": Outside(settings=replace(ROUTING, passes=0)),
-    "no-shape": Outside(settings=replace(ROUTING, shape=0.0)),  # consistency alone, since entropy is off
-    "no-consistency": Outside(settings=replace(ROUTING, consistency=0.0)),  # shape alone
-    "with-entropy": Outside(settings=replace(ROUTING, entropy=0.1)),
-    "entropy-alone": Outside(settings=replace(ROUTING, entropy=0.1, consistency=0.0, shape=0.0)),
-    "running": Outside(settings=replace(ROUTING, statistics="running")),
-    "batch": Outside(settings=replace(ROUTING, statistics="batch")),
-    "interpolated": Outside(settings=replace(ROUTING, statistics="batch", share=0.25)),
-    "sigmoid": Outside(settings=replace(ROUTING, activation="sigmoid")),
-    "random-start": Outside(settings=replace(ROUTING, start="random")),
-    "uniform-start": Outside(settings=replace(ROUTING, start="uniform")),
-    "equal-start": Outside(settings=replace(ROUTING, global_share=None)),  # matched, the global model as any other
+INSIDE_ABLATIONS = {f"alpha={alpha}": Method(own="local", alpha=alpha) for alpha in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)}
+INSIDE_ABLATIONS["global-alpha=0.7"] = Method(alpha=0.7)  # a control: the global model, accumulated in the same way
+OUTSIDE_ABLATIONS = {name: Outside(settings=replace(ROUTING, **changes)) for name, changes in {
+    "no-steps": {"passes": 0},
+    "no-shape": {"shape": 0.0},  # consistency alone, since entropy is off
+    "no-consistency": {"consistency": 0.0},  # shape alone
+    "with-entropy": {"entropy": 0.1},
+    "entropy-alone": {"entropy": 0.1, "consistency": 0.0, "shape": 0.0},
+    "running": {"statistics": "running"},
+    "batch": {"statistics": "batch"},
+    "interpolated": {"statistics": "batch", "share": 0.25},
+    "sigmoid": {"activation": "sigmoid"},
+    "random-start": {"start": "random"},
+    "uniform-start": {"start": "uniform"},
+    "equal-start": {"global_share": None},  # matched, the global model as any other
+    "site-routing": {"per_sample": False},
+}.items()} | {
     "global-only": Outside("global"),
     "personal-only": Outside("personal", replace(ROUTING, global_share=None)),
-    "site-routing": Outside(settings=replace(ROUTING, per_sample=False)),
     "online": Outside(online=True),
     "passes-20": Outside(settings=replace(ROUTING, passes=20), curve=True),
-    "passes-20-free": Outside(settings=replace(ROUTING, passes=20, leash=math.inf), curve=True),  # no leash
+    "passes-20-free": Outside(settings=replace(ROUTING, passes=20, leash=None), curve=True),  # no leash
 }
 KNOWN = [*METHODS, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
 
@@ -150,7 +152,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        "its own with its share of the CPU's threads (default one a thread; 1 on a GPU)")
     add(group, "--out", "folder for models, pictures and results.json (default runs/<task>; runs/adapted for "
         "--adapt)", metavar="DIR")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that lies in --out, finished or not")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that lies in --out, or an "
+                       "unfinished one of other settings")
     args = parser.parse_args(argv)
     if args.authors:
         parser.set_defaults(rounds=100, local_epochs=1, batch_size=5, lr=1e-3, alpha=0.1)
@@ -214,7 +217,7 @@ def chosen_methods(args: argparse.Namespace, hold_out: str | None) -> tuple[dict
     """The methods inside and outside that --methods means. Routing needs the personalised models, so IOP-FL and
     FedAvg are always among those inside when there is an outside."""
     inside, outside = METHODS | INSIDE_ABLATIONS, OUTSIDE | OUTSIDE_ABLATIONS
-    inside["iopfl"] = Method(alpha=args.alpha)
+    inside["iopfl"] = replace(METHODS["iopfl"], alpha=args.alpha)
     if args.authors:
         outside["routing"] = OUTSIDE["routing-authors"]
     groups = {"all": METHODS if hold_out is None else OUTSIDE,
@@ -283,7 +286,8 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
     found = []
 
     def report(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor, **more) -> None:
-        for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing, phase != "curve"):
+        distances = phase in ("inside", "outside")
+        for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing, distances):
             found.append({"phase": phase, "method": method, "seed": task.seed, "hold_out": task.hold_out,
                           "site": site.name, **row, **more})
 
@@ -301,8 +305,8 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
             print(f"{line}  {left:4.0f} s left", flush=True)
     for method, own in last.own.items():
         for site in inside:
-            report("inside", method, site, site.test,
-                   iopfl.predict(iopfl.with_state(model, own[site.name]), site.test.images))
+            for phase, split in (("inside", site.test), ("validation", site.validation)):
+                report(phase, method, site, split, iopfl.predict(iopfl.with_state(model, own[site.name]), split.images))
     if "iopfl" in task.inside:
         save(task.folder / "global.pt", last.global_state)
         for name, state in last.own["iopfl"].items():
@@ -419,7 +423,7 @@ def table(rows: list[dict], phase: str, unit: str) -> str:
         lines += texts.values()
     missing = sum(row["cases"] - row["distance_cases"] for row in rows)
     if missing:
-        lines.append(f"HD95 and ASSD leave out {missing} of {sum(row['cases'] for row in rows)} cases: no mask at all")
+        lines.append(f"HD95 and ASSD leave out {missing} of all {sum(row['cases'] for row in rows)} masks: both empty")
     return "\n".join(lines)
 
 
@@ -432,6 +436,13 @@ def tables(rows: list[dict], unit: str) -> str:
             parts.append(f"{phase.capitalize()}, {images}, Dice in %\n{table(rows, phase, unit)}")
         if reference in methods and len(methods) > 1:
             parts.append(compare(rows, phase, reference))
+    validation: dict[str, list] = {}
+    for row in rows:
+        if row["phase"] == "validation":
+            validation.setdefault(row["method"], []).append(100 * row["dice"])
+    if validation:
+        parts.append("Inside, validation images, mean Dice in %: "
+                     + ", ".join(f"{method} {np.mean(values):.1f}" for method, values in validation.items()))
     dice, areas = curves(rows, "dice"), curves(rows, "area")
     for method in dice:
         lines = [f"{method} after pass 0, 1, 2 …"]
@@ -634,7 +645,8 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
                              + "".join(f"; --adapt {fold}" for fold in folds[:6]))
         path = folds[0]
         results = json.loads((path.parent / "results.json").read_text())
-        known = {**results["config"], **results["data"], "seed": int(path.name[4:].split("-")[0]), "adapted": False,
+        routing = (results["config"]["outside"].get("routing") or asdict(Outside()))["settings"]
+        known = {**results["config"], **results["data"], "routing": routing, "seed": int(path.name[4:].split("-")[0]), "adapted": False,
                  "experts": [*sorted(file.stem.removeprefix("personal-") for file in path.glob("personal-*.pt")), "global"]}
     classes = 1 + max(max(classes) for classes in known["structures"].values())
     models = [UNet(known["channels"], classes, known["width"], known["depth"]) for _ in known["experts"]]
@@ -782,7 +794,9 @@ def open_folder(out: Path, settings: dict, overwrite: bool) -> Path:
                                               "it holds no run of this script; say another --out"))
     folder = out.with_name(out.name + ".unfinished")
     file = folder / "settings.json"
-    if file.is_file():
+    if folder.exists() and not file.is_file():
+        raise ValueError(f"{folder} is in the way and no unfinished run of this script; say another --out")
+    if folder.exists():
         before = json.loads(file.read_text())
         different = [name for name in settings if before.get(name) != settings[name]]
         if different and not overwrite:
@@ -808,8 +822,12 @@ def run_all(args: argparse.Namespace, tasks: list[Task], loaded: data.DataSet) -
     threads = max(1, torch.get_num_threads() // args.jobs)
     with ProcessPoolExecutor(args.jobs, get_context("spawn"), torch.set_num_threads, (threads,)) as pool:
         futures = {pool.submit(run, args, task): task for task in tasks}
-        for future in as_completed(futures):
-            yield futures[future], future.result()
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)  # else all that wait would be trained first
+            raise
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -826,22 +844,27 @@ def main(argv: list[str] | None = None) -> int:
 def train(args: argparse.Namespace, out: Path) -> int:
     """Federations, hospitals outside, report."""
     begin = time.perf_counter()
-    settings = {**{name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "jobs")},
-                "routing": asdict(AUTHORS if args.authors else ROUTING)}
+    settings = {name: value for name, value in vars(args).items() if name not in ("out", "overwrite", "jobs")}
     loaded = load_sites(args, args.seeds[0])
-    print(loaded.origin)
     chosen = hold_outs(args.hold_out, [site.name for site in loaded.sites])
-    folder = open_folder(out, settings, args.overwrite)
+    inside, outside = chosen_methods(args, chosen[0])
+    if not inside:
+        raise ValueError(f"--methods {' '.join(args.methods)}: none of them is for hospitals inside")
+    settings["inside"], settings["outside"] = ({name: asdict(method) if method else None for name, method in
+                                                methods.items()} for methods in (inside, outside))
+    folder = open_folder(out, json.loads(json.dumps(settings)), args.overwrite)
+    print(loaded.origin)
     draw_hospitals(loaded.sites, folder / "hospitals.png")
     tasks = plan(args, chosen, folder)
     if args.jobs is None:
         args.jobs = 1 if args.device == "cuda" else min(len(tasks), torch.get_num_threads())
-    results, kept = [], sum(task.result.exists() for task in tasks)
+    results, kept = {}, sum(task.result.exists() for task in tasks)
     for task, result in run_all(args, tasks, loaded):
-        results.append(result)
+        results[str(task)] = result
         if len(tasks) > 1:
             left = (time.perf_counter() - begin) * (len(tasks) - len(results)) / max(1, len(results) - kept)
             print(f"{task}: done, {len(results)} of {len(tasks)}, {left / 60:.0f} min left", flush=True)
+    results = [results[str(task)] for task in tasks]
     places = [(seed, hold_out) for seed in args.seeds for hold_out in chosen]
     rows = sorted((row for result in results for row in result["rows"]),
                   key=lambda row: (places.index((row["seed"], row["hold_out"])), KNOWN.index(row["method"])))
