@@ -621,16 +621,13 @@ def read_mask(path: Path, mask_values: list[int] | None = None, nearest: bool = 
     return apart.argmin(axis=2).astype(np.int32)
 
 
-def read_mask_of(image: Path, folder: Path, mask_values: list[int] | None, shape: tuple[int, ...]) -> np.ndarray:
-    """The mask in `folder` that goes with an image file, of the shape (n, H, W): same stem, or <stem>_segmentation."""
+def find_mask(image: Path, folder: Path) -> Path:
+    """The file in `folder` that goes with an image: of the same stem, or <stem>_segmentation."""
     names = {stem(image).lower(), f"{stem(image)}_segmentation".lower()}
-    files = [file for file in sorted(folder.iterdir()) if stem(file).lower() in names and is_volume(file) == is_volume(image)]
-    if not files:
-        raise FileNotFoundError(f"{folder}: no mask for {image}")
-    mask = read_volume(files[0])[0] > 0 if is_volume(image) else read_mask(files[0], mask_values)[None]
-    if mask.shape != shape:
-        raise ValueError(f"mask {files[0]} is {'×'.join(map(str, mask.shape))}, its image {'×'.join(map(str, shape))}")
-    return mask
+    for file in sorted(folder.iterdir()):
+        if stem(file).lower() in names and is_volume(file) == is_volume(image):
+            return file
+    raise FileNotFoundError(f"{folder}: no mask for {image}")
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:

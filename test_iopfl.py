@@ -1596,6 +1596,14 @@ def test_adapting_a_run_repeats_its_outside_phase(folder_run, tmp_path, capsys):
     for row in rows:
         mask = np.asarray(Image.open(tmp_path / "one" / "masks" / row["file"]))
         assert float(row["foreground"]) == pytest.approx((mask > 0).mean()) and 0 <= float(row["confidence"]) <= 1
+    # The confidence: overlap of the foreground with that of a noisy, turned view.
+    x = torch.cat([torch.from_numpy(data.read_unlabelled(images / f"{n:02d}.png", 16, 3)) for n in range(5)])
+    generator = seeded(0)
+    views = router.draw_views(x, generator)
+    noise = 0.5 * torch.randn(x.shape, generator=generator)
+    of_view = router.view(router.predict(routed, router.view(x + noise, views)), views, inverse=True)
+    for p, q, row in zip(1 - router.predict(routed, x)[:, 0], 1 - of_view[:, 0], rows):
+        assert float(row["confidence"]) == pytest.approx((2 * (p * q).sum() / (p**2 + q**2).sum()).item(), abs=1e-5)
     chosen = json.loads((tmp_path / "one" / "adapted.json").read_text())["chosen"]
     assert list(chosen) == ["a", "b", "global"] and sum(chosen.values()) == pytest.approx(1)
     assert Image.open(tmp_path / "one" / "routing.png").size[0] > 100

@@ -683,6 +683,8 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
         raise ValueError(f"{args.images}: two images differ only in their endings")
     stored, sources = data.Stored((known["channels"], known["size"], known["size"]), args.device), []
     for file in progress(files, "reading"):
+        if args.masks:
+            data.find_mask(file, Path(args.masks))  # now, not after an hour
         try:
             inputs = data.read_unlabelled(file, known["size"], known["channels"])
         except (ValueError, OSError) as error:
@@ -730,9 +732,9 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
 
 
 def outside_images(routed: router.RoutedNetwork, stored: data.Stored, batches: Iterator[Tensor],
-                   before: bool) -> Iterator[tuple[Tensor, float, Tensor | None]]:
-    """For each image its probabilities (C, H, W), how far those of a noisy, turned view agree, and with `before` the
-    global model's probabilities."""
+                   before: bool) -> Iterator[tuple[Tensor, np.ndarray, Tensor | None]]:
+    """For each image its probabilities (C, H, W), overlap and size of the foreground in it and in a noisy, turned view,
+    and with `before` the global model's probabilities."""
     generator = torch.Generator(stored.device).manual_seed(0)
     last = torch.nn.functional.one_hot(torch.tensor(routed.experts - 1), routed.experts)
     for images, probabilities in zip(stored.split(routed.settings.batch_size), batches):
@@ -740,12 +742,12 @@ def outside_images(routed: router.RoutedNetwork, stored: data.Stored, batches: I
         noise = routed.settings.noise * torch.randn(images.shape, generator=generator, device=images.device)
         of_view = router.view(router.predict(routed, router.view(images + noise, views)), views, inverse=True)
         p, q = 1 - probabilities[:, 0], 1 - of_view[:, 0]  # foreground
-        overlap = (2 * p * q).sum(dim=(1, 2)) / (p * p + q * q).sum(dim=(1, 2)).clamp_min(1e-6)
+        agreement = torch.stack([(2 * p * q).sum(dim=(1, 2)), (p * p + q * q).sum(dim=(1, 2))], dim=1)  # (N, 2)
         source = [None] * len(images)
         if before:
             with router.fixed_routing(routed, last):
                 source = router.predict(routed, images)
-        yield from zip(probabilities, overlap.tolist(), source)
+        yield from zip(probabilities, agreement.cpu().numpy(), source)
 
 
 def write_masks(file: Path, images: list[tuple], known: dict, args: argparse.Namespace, folder: Path) -> dict:
@@ -760,10 +762,14 @@ def write_masks(file: Path, images: list[tuple], known: dict, args: argparse.Nam
                          for p in probabilities]).astype(np.uint8)
 
     mask = own_size([probabilities for probabilities, *_ in images])
-    row = {"file": file.name, "foreground": float((mask > 0).mean()),
-           "confidence": float(np.mean([overlap for _, overlap, _ in images]))}
+    overlap, size = np.sum([agreement for _, agreement, _ in images], axis=0)
+    row = {"file": file.name, "foreground": float((mask > 0).mean()), "confidence": float(overlap / max(size, 1e-6))}
     if args.masks:
-        truth = data.read_mask_of(file, Path(args.masks), args.mask_values, mask.shape)
+        mask_file = data.find_mask(file, Path(args.masks))
+        truth = data.read_volume(mask_file)[0] > 0 if volume else data.read_mask(mask_file, args.mask_values)[None]
+        if truth.shape != mask.shape:
+            raise ValueError(f"mask {mask_file} is {'×'.join(map(str, truth.shape))}, "
+                             f"its image {'×'.join(map(str, mask.shape))}")
         for when, prediction in (("before", own_size([source for *_, source in images])), ("after", mask)):
             for structure, classes in known["structures"].items():
                 row[f"Dice {structure} {when}"] = iopfl.dice(np.isin(prediction, classes), np.isin(truth, classes))
