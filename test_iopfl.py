@@ -1179,10 +1179,14 @@ def tent_by_hand(model, x):
         return torch.cat([model(batch) for batch in x.split(5)])
 
 
-def test_every_method_outside_runs(tmp_path):
+def test_every_method_outside_runs(tmp_path, monkeypatch):
     """All alternatives and ablations; those that take no step agree with the models they stand for."""
     argv = [*TINY, "--rounds", "3", "--size", "24", "--width", "4", "--lr", "1e-2", "--methods", "all", "ablations"]
+    mixed, build = [], router.build_routed
+    monkeypatch.setattr(router, "build_routed", lambda models, *more: mixed.append(len(models)) or build(models, *more))
     assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    # global, best-inside, ensemble (one by one), average, matched, bn, tent, routing, routing-authors
+    assert mixed[:11] == [1, 2, 1, 1, 1, 3, 3, 1, 1, 3, 3]
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     outside = [row for row in rows if row["phase"] == "outside"]
     assert [row["method"] for row in outside] == [*train.OUTSIDE, *train.OUTSIDE_ABLATIONS]
