@@ -1203,6 +1203,7 @@ def test_every_method_outside_runs(tmp_path, monkeypatch):
         patch.setattr(router, "build_routed", lambda models, *more: mixed.append(len(models)) or build(models, *more))
         patch.setattr(router, "adapt", lambda *more, **options: found.append(adapt(*more, **options)) or found[-1])
         assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert train.OUTSIDE["bn"].settings.tolerance == 0  # all of the statistics, always
     # global, best-inside, ensemble (one by one), average, matched, bn, tent, routing, routing-authors
     assert mixed[:11] == [1, 2, 1, 1, 1, 3, 3, 1, 1, 3, 3]
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
