@@ -251,7 +251,7 @@ class RoutedNetwork(nn.Module):
         for norm in self.norms():
             for buffer in (norm.site_mean, norm.site_square, norm.site_images, norm.site_share):
                 buffer.zero_()
-        self.start = self.optimiser = None
+        self.start = None
 
 
 def build_routed(models: list[nn.Module], settings: RoutingSettings | None = None,

@@ -169,6 +169,19 @@ def test_personal_model_is_the_sum_of_global_and_local_updates():
             assert torch.allclose(value, expected, rtol=0, atol=1e-12), entry
 
 
+def test_accumulated_global_model():
+    """The control: the same recursion on the global models, alike for every client."""
+    model, clients = UNet(1, 2, 2, 1, seeded()), toy_clients(2)
+    methods = {"fedavg": iopfl.Method(), "slow": iopfl.Method(alpha=0.6)}
+    history = list(iopfl.federate(model, clients, 3, methods))
+    slow = history[0].global_state
+    for last in history[1:]:
+        slow = iopfl.update_personal(slow, last.global_state, 0.6)
+    for name in clients:
+        assert all(torch.allclose(last.own["slow"][name][e], slow[e]) for e in slow)
+        assert all(torch.equal(last.own["fedavg"][name][e], last.global_state[e]) for e in slow)
+
+
 def test_a_federation_of_one_is_local_training():
     clients = toy_clients(1)
     model = UNet(1, 2, 2, 1, seeded())
@@ -695,7 +708,9 @@ def test_leash_bounds_the_change_of_area():
 def test_adaptation_loss_by_hand():
     """The weighted sum of the three terms, with noise and views drawn in their order; d is a share of the short side."""
     settings = router.RoutingSettings(entropy=0.3, consistency=0.7, shape=0.2, radius=0.1, noise=0.4, dropout=0.0)
-    routed = router.build_routed(experts(), settings, seeded())
+    models = [randomise(nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 2, 1)), k).double()
+              for k in range(3)]
+    routed = router.build_routed(models, settings, seeded())
     x = torch.randn(4, 1, 24, 40, generator=seeded(), dtype=torch.float64)
     generator = seeded(5)
     views = router.draw_views(x, generator)
@@ -728,8 +743,9 @@ def test_preparation_sets_start_and_share_of_statistics():
         settings = router.RoutingSettings(passes=0, tolerance=0.3, global_share=global_share)
         routed = router.build_routed(experts(), settings)
         divergence = router.match_statistics(routed, x)
-        batch = router.build_routed(experts(), dataclasses.replace(settings, statistics="batch"))
-        assert torch.equal(router.match_statistics(batch, x), divergence)  # each expert as it was trained
+        for other in ({"statistics": "batch"}, {"mix_batchnorm": False}):
+            again = router.build_routed(experts(), dataclasses.replace(settings, **other))
+            assert torch.equal(router.match_statistics(again, x), divergence)  # each expert as it was trained
         router.adapt(routed, x, generator=seeded())
         weights = router.matched_weights(divergence, settings.match_floor, global_share)
         assert all(torch.allclose(w, weights.to(w), atol=1e-5) for w in routed.trace.layers.values())
@@ -737,6 +753,8 @@ def test_preparation_sets_start_and_share_of_statistics():
         share = 1 / (1 + (0.3 / apart) ** 4)
         for norm in routed.norms():
             assert norm.site_share.item() == pytest.approx(share.item(), rel=1e-5) and norm.site_images == 64
+        with router.fixed_routing(routed, torch.tensor([0.0, 1.0, 0.0])):  # also after the site was measured
+            assert torch.allclose(routed(x), experts()[1](x), atol=1e-5)
     # The first layer's inputs do not depend on any statistics: the mean over 64 images spread over the 70.
     kernel = sum(w * m.encoder[0][0].weight for w, m in zip(weights.double(), experts()))
     spread = x[torch.linspace(0, 69, 64).round().long()]
@@ -1445,13 +1463,20 @@ def tent_by_hand(model, x):
         loss.backward()
         optimiser.step()
     with torch.no_grad():
-        return torch.cat([model(batch) for batch in x.split(5)])
+        return torch.cat([model(batch).softmax(dim=1) for batch in x.split(5)])
 
 
-def test_every_method_outside_runs(tmp_path):
-    """All alternatives and ablations; those that take no step agree with the models they stand for."""
+def test_every_method_outside_runs(tmp_path, monkeypatch):
+    """All alternatives and ablations, some of them against what they stand for, computed by hand."""
     argv = [*TINY, "--rounds", "3", "--size", "24", "--width", "4", "--lr", "1e-2", "--methods", "all", "ablations"]
-    assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    mixed, found, build, adapt = [], [], router.build_routed, router.adapt
+    with monkeypatch.context() as patch:
+        patch.setattr(router, "build_routed", lambda models, *more: mixed.append(len(models)) or build(models, *more))
+        patch.setattr(router, "adapt", lambda *more, **options: found.append(adapt(*more, **options)) or found[-1])
+        assert train.main([*argv, "--out", str(tmp_path / "run")]) == 0
+    assert train.OUTSIDE["bn"].settings.tolerance == 0  # all of the statistics, always
+    # global, best-inside, ensemble (one by one), average, matched, bn, tent, routing, routing-authors
+    assert mixed[:11] == [1, 2, 1, 1, 1, 3, 3, 1, 1, 3, 3]
     rows = json.loads((tmp_path / "run" / "results.json").read_text())["rows"]
     outside = [row for row in rows if row["phase"] == "outside"]
     assert [row["method"] for row in outside] == [*train.OUTSIDE, *train.OUTSIDE_ABLATIONS]
@@ -1468,16 +1493,18 @@ def test_every_method_outside_runs(tmp_path):
               for name in ("personal-Alder", "personal-Birch", "global")]
     average = iopfl.with_state(models[0], iopfl.aggregate([m.state_dict() for m in models], [1, 1, 1]))
     with torch.no_grad():
-        expected = {"global": models[2](site.images), "average": average(site.images),
-                    "ensemble": sum(m(site.images).softmax(1) for m in models)}
+        ensemble = torch.stack([model(site.images).softmax(dim=1) for model in models])
         # All statistics from one batch of all images is what training mode uses; TENT moves the affine only.
-        expected["bn"] = copy.deepcopy(models[2]).train()(site.images)
-    expected["tent"] = tent_by_hand(copy.deepcopy(models[2]), site.images)
-    routed = router.build_routed(models, None, seeded())
-    expected["online"] = router.adapt(routed, site.images, generator=seeded(), online=True)
-    for method, scores in expected.items():
-        dice = np.mean([iopfl.dice(p, t) for p, t in zip(scores.argmax(1) == 1, site.masks == 1)])
-        assert [row["dice"] for row in outside if row["method"] == method] == pytest.approx([dice], abs=1e-3)
+        by_batch = copy.deepcopy(models[2]).train()(site.images).softmax(dim=1)
+    online = router.adapt(router.build_routed(models, None, seeded()), site.images, generator=seeded(), online=True)
+    for place, wanted in ((0, ensemble[2]), (5, average(site.images).softmax(dim=1).detach()), (7, by_batch),
+                          (8, tent_by_hand(copy.deepcopy(models[2]), site.images)),
+                          (11 + list(train.OUTSIDE_ABLATIONS).index("online"), online)):
+        assert torch.allclose(found[place], wanted, atol=1e-5), place
+    assert torch.allclose(torch.stack(found[2:5]), ensemble, atol=1e-5)
+    dice = [np.mean([iopfl.dice(p, t) for p, t in zip(scores.argmax(dim=1) == 1, site.masks == 1)])
+            for scores in (found[0], sum(found[2:5]), found[8])]
+    assert [row["dice"] for row in outside if row["method"] in ("global", "ensemble", "tent")] == pytest.approx(dice)
 
 
 def test_oracle_never_predicts_an_image_it_was_trained_on(monkeypatch):
