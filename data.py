@@ -61,9 +61,11 @@ class Stored(Gathered):
         return torch.from_numpy(images.copy()).to(self.device, memory_format=torch.channels_last)
 
 
-class Stacks(Gathered):
-    """Each image is a slice between its two neighbours. slices: (S, H, W) float16, each kept once; index: (N, 3)
-    numbers of slices."""
+class Picked(Gathered):
+    """Images (N, 3, H, W) float32, each a slice of a volume between its neighbours, or masks (N, H, W) uint8.
+
+    slices: (S, H, W) float16 or uint8, each kept once, whatever is picked of them; index: (N, 3) or (N,).
+    """
 
     def __init__(self, slices: Tensor, index: Tensor):
         self.slices, self.index, self.device = slices, index, slices.device
@@ -72,40 +74,41 @@ class Stacks(Gathered):
         return len(self.index)
 
     def __getitem__(self, chosen) -> Tensor:
-        stacks = self.slices[self.index[chosen]].float()
-        return stacks.contiguous(memory_format=torch.channels_last) if stacks.dim() == 4 else stacks
-
-    def part(self, chosen) -> "Stacks":
-        return Stacks(self.slices, self.index[chosen])
+        found = self.slices[self.index[chosen]]
+        found = found.float() if found.is_floating_point() else found
+        return found.contiguous(memory_format=torch.channels_last) if found.dim() == 4 else found
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is not torch.cat:
             return NotImplemented
-        starts = np.cumsum([0, *(len(stacks.slices) for stacks in args[0])])
-        return cls(torch.cat([stacks.slices for stacks in args[0]]),
-                   torch.cat([stacks.index + int(start) for stacks, start in zip(args[0], starts)]))
+        starts = np.cumsum([0, *(len(picked.slices) for picked in args[0])])
+        return cls(torch.cat([picked.slices for picked in args[0]]),
+                   torch.cat([picked.index + int(start) for picked, start in zip(args[0], starts)]))
 
-    def to(self, device, **_) -> "Stacks":
-        return Stacks(self.slices.to(device), self.index.to(device))
+    def to(self, device, **_) -> "Picked":
+        return Picked(self.slices.to(device), self.index.to(device))
 
 
 @dataclass
 class Split:
-    """images: (N, C, H, W) float32, a tensor or `Stacks`; masks: (N, H, W) uint8; cases: N identifiers."""
+    """images: (N, C, H, W) float32; masks: (N, H, W) uint8; tensors or `Picked`; cases: N identifiers."""
 
-    images: Tensor | Stacks
-    masks: Tensor
+    images: Tensor | Picked
+    masks: Tensor | Picked
     cases: list[str]
 
     def part(self, chosen: np.ndarray) -> "Split":
         """The images of these numbers."""
-        images = self.images.part(chosen) if isinstance(self.images, Stacks) else self.images[chosen]
-        return Split(images, self.masks[chosen], [self.cases[i] for i in chosen])
+        cases = [self.cases[i] for i in chosen]
+        if isinstance(self.images, Picked):
+            index = torch.as_tensor(chosen, device=self.masks.device)
+            return Split(Picked(self.images.slices, self.images.index[index]), Picked(self.masks, index), cases)
+        return Split(self.images[chosen], self.masks[chosen], cases)
 
     def shown(self, number: int) -> Tensor:
         """One image as pictures show it: of a stack the labelled slice."""
-        return self.images[number][1:2] if isinstance(self.images, Stacks) else self.images[number]
+        return self.images[number][1:2] if isinstance(self.images, Picked) else self.images[number]
 
 
 @dataclass
@@ -581,7 +584,7 @@ def _volume_site(name: str, pairs: list, parts: list[np.ndarray], size: int, ski
         cases += [stem(file)] * len(volume)
         spacing[stem(file)] = (voxel[0], voxel[1] * volume.shape[1] / size, voxel[2] * volume.shape[2] / size)
         shapes.append(volume.shape)
-    everything = Split(Stacks(torch.from_numpy(np.concatenate(slices)), torch.from_numpy(np.concatenate(index))),
+    everything = Split(Picked(torch.from_numpy(np.concatenate(slices)), torch.from_numpy(np.concatenate(index))),
                        torch.from_numpy(np.concatenate(masks)), cases)
     chosen = [np.concatenate([of_case[case] for case in part]) for part in parts]
     if skip_empty:

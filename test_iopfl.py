@@ -1153,8 +1153,9 @@ def test_volumes_load_as_stacks(tmp_path):
         assert site.spacing[f"Case{case:02d}"] == pytest.approx((3.0, 0.6 * 20 / 16, 0.5 * 24 / 16))
     cases = [set(part.cases) for part in splits_of(site)]
     assert [len(c) for c in cases] == [5, 1, 2] and set.union(*cases) == {f"Case{n:02d}" for n in range(8)}
-    for part in splits_of(site):
+    for part, numbers in zip(splits_of(site), site.parts):
         assert len(part.cases) == len(part.images) == len(part.masks) == 5 * len(set(part.cases))
+        assert torch.equal(part.masks[:], split.masks[numbers]) and part.cases == [split.cases[n] for n in numbers]
         assert part.images.slices is slices  # kept once
         batch = part.images[torch.tensor([1, 3])]
         assert batch.shape == (2, 3, 16, 16) and batch.dtype == torch.float32
@@ -1164,7 +1165,7 @@ def test_volumes_load_as_stacks(tmp_path):
     assert torch.equal(joined[:], torch.cat([site.train.images[:] for site in loaded.sites]))
     trimmed = data.load_folder(tmp_path, 16, skip_empty=True).sites[1]
     assert [len(part.masks) for part in splits_of(trimmed)] == [15, 5, 10]
-    assert trimmed.train.masks.flatten(1).any(dim=1).all()
+    assert trimmed.train.masks[:].flatten(1).any(dim=1).all()
 
 
 def test_metrics_of_volumes_are_per_case_in_mm(tmp_path):

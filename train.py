@@ -287,7 +287,7 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
 
     def report(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor, **more) -> None:
         distances = phase in ("inside", "outside")
-        for row in iopfl.evaluate(prediction, split.masks, split.cases, structures, site.spacing, distances):
+        for row in iopfl.evaluate(prediction, split.masks[:], split.cases, structures, site.spacing, distances):
             found.append({"phase": phase, "method": method, "seed": task.seed, "hold_out": task.hold_out,
                           "site": site.name, **row, **more})
 
@@ -379,7 +379,7 @@ def score(model: torch.nn.Module, split: data.Split, structures: dict) -> float:
     """Mean Dice over the structures."""
     prediction = iopfl.predict(model, split.images)
     return float(np.mean([row["dice"] for row in iopfl.evaluate(
-        prediction, split.masks, split.cases, structures, (1, 1), distances=False)]))
+        prediction, split.masks[:], split.cases, structures, (1, 1), distances=False)]))
 
 
 def save(path: Path, state: dict) -> None:
