@@ -41,8 +41,9 @@ class Gathered:
 class Stored(Gathered):
     """Images that lie in a temporary file: however many there are, only those asked for are in memory."""
 
-    def __init__(self, shape: tuple[int, ...], device: str):
-        self.shape, self.device, self.count, self.file = shape, device, 0, tempfile.TemporaryFile()
+    def __init__(self, shape: tuple[int, ...], device: str, folder: Path | None = None):
+        self.shape, self.device, self.count = shape, device, 0
+        self.file = tempfile.TemporaryFile(dir=folder)
 
     def append(self, images: np.ndarray) -> None:
         """Add (n, C, H, W)."""
@@ -132,14 +133,15 @@ class Site:
 
 @dataclass
 class DataSet:
-    """Sites with what they share: channels of the images, classes of each structure, unit of the spacing, and a
-    line that says what was read."""
+    """Sites with what they share: channels of the images, classes of each structure, unit of the spacing, what was
+    read ("simulated", "images", "fundus" photographs or "volumes") and the grey values of the masks, if given."""
 
     sites: list[Site]
     channels: int
     structures: dict[str, tuple[int, ...]]
     unit: str
-    origin: str
+    kind: str
+    mask_values: list[int] | None = None
 
     @property
     def classes(self) -> int:
@@ -249,7 +251,7 @@ def simulate_sites(task: str, seed: int, size: int = 96, images_per_site: int = 
         cases = [f"{name}-{number:03d}" for number in range(images_per_site)]
         result.append(make_site(name, [normalise(image) for image in images], masks, cases,
                                 split_indices(images_per_site), spacing))
-    return DataSet(result, CHANNELS[task], STRUCTURES[task], "mm" if task == "prostate" else "px", f"simulated {task}")
+    return DataSet(result, CHANNELS[task], STRUCTURES[task], "mm" if task == "prostate" else "px", "simulated")
 
 
 # ---------------------------------------------------------------- simulated hospitals: how it is drawn
@@ -405,6 +407,7 @@ def _fundus(h: FundusHospital, rng: np.random.Generator, size: int) -> tuple[np.
 # ---------------------------------------------------------------- folders of real images
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 PARTS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
+FUNDUS_VALUES = [255, 128, 0]  # background, rim, cup
 RENAMED = {"ISBI": "RUNMC", "ISBI_1.5": "BMC"}  # older names of two prostate sites
 LAYOUTS = ("known layouts: <site>/{images,masks}/<same stem>.png, <site>/{train,val,test}/{images,masks}/ (either name "
            "in the singular too), <site>/{train,test}/ROIs/{image,mask}/ for fundus photographs, <site>/CaseNN.nii.gz "
@@ -443,13 +446,11 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
              for pairs in files.values() for image, _ in pairs}
     if len(kinds) > 1:
         raise ValueError(f"{root}: different layouts in one folder; {LAYOUTS}")
-    kind = kinds.pop()
+    kind, parts = kinds.pop(), {name: _split(parts, seed, name) for name, parts in found.items()}
     if kind == "volumes":
-        sites = [_volume_site(name, files[name], _split(parts, seed, name), size, skip_empty)
-                 for name, parts in found.items()]
-        return DataSet(sites, 3, STRUCTURES["prostate"], "mm", f"prostate volumes of {len(sites)} sites")
-    return _image_sites(root, files, {name: _split(parts, seed, name) for name, parts in found.items()}, size,
-                        [255, 128, 0] if kind == "fundus" and not mask_values else mask_values, kind == "fundus")
+        sites = [_volume_site(name, files[name], parts[name], size, skip_empty) for name in files]
+        return DataSet(sites, 3, STRUCTURES["prostate"], "mm", kind)
+    return _image_sites(root, files, parts, size, FUNDUS_VALUES if kind == "fundus" and not mask_values else mask_values, kind)
 
 
 def is_volume(path: Path) -> bool:
@@ -458,14 +459,42 @@ def is_volume(path: Path) -> bool:
 
 def stem(path: Path) -> str:
     """The name without its ending, .nii.gz being one."""
-    return path.name[:path.name.lower().index(".nii")] if is_volume(path) else path.stem
+    return path.stem.removesuffix(".nii") if is_volume(path) else path.stem
+
+
+def pairs_of(images: Path, masks: Path | None = None) -> list[tuple[Path, Path | None]]:
+    """The images and volumes of a folder with their masks: those of the same stem in the folder `masks`, or of the stem
+    with _segmentation, also in the same folder. Without `masks`: no masks, and none is taken for an image."""
+    found: list[dict[str, Path]] = []
+    for folder in (images, masks or images):
+        files: dict[str, Path] = {}
+        for file in sorted(folder.iterdir()):
+            if file.name[0] != "." and (is_volume(file) or file.suffix.lower() in IMAGE_TYPES):
+                if files.setdefault(stem(file).lower(), file) != file:
+                    raise ValueError(f"{files[stem(file).lower()]} and {file.name} differ only in their endings")
+        found.append(files)
+    own, theirs = found
+    drawn = {name.removesuffix("_segmentation"): file for name, file in theirs.items() if name.endswith("_segmentation")}
+    if masks is None or masks == images:
+        own = {name: file for name, file in own.items() if not name.endswith("_segmentation")}
+    if masks is None:
+        return [(file, None) for file in own.values()]
+    alone = [drawn[name] for name in drawn if name not in own]
+    if masks == images and alone:
+        raise FileNotFoundError(f"{alone[0]} is a segmentation without its volume")
+    drawn = {**(theirs if masks != images else {}), **drawn}
+    missing = [file for name, file in own.items() if name not in drawn]
+    if missing:
+        name = f"{stem(missing[0])}_segmentation.nii.gz" if is_volume(missing[0]) else f"{stem(missing[0])}.png"
+        raise FileNotFoundError(f"{missing[0]} has no mask {masks / name} "
+                                f"({len(missing)} of {len(own)} images without; names must match)")
+    return [(file, drawn[name]) for name, file in own.items()]
 
 
 def _pairs(site: Path) -> dict[str, list[tuple[Path, Path]]]:
     """(image, mask) files of a site by part: "all", or "train" and "test" and perhaps "val"; {} if there are none."""
-    volumes = {stem(file).lower(): file for file in sorted(site.iterdir()) if is_volume(file) and file.name[0] != "."}
-    if volumes:
-        return _volume_pairs(site, volumes)
+    if any(is_volume(file) for file in site.iterdir()):
+        return _listed(site, pairs_of(site, site))
     result = {}
     for part, names in {"all": ("",), **PARTS}.items():
         for place in (site / name / roi for name in names for roi in ("", "ROIs")):
@@ -475,39 +504,27 @@ def _pairs(site: Path) -> dict[str, list[tuple[Path, Path]]]:
                 continue
             if not images or not masks:
                 raise FileNotFoundError(f"site '{site.name}': no folder {place / ('masks' if images else 'images')}")
-            files = [f for f in sorted(images.iterdir()) if f.suffix.lower() in IMAGE_TYPES and f.name[0] != "."]
-            missing = [f for f in files if not (masks / f"{f.stem}.png").is_file()]
-            if missing:
-                raise FileNotFoundError(f"site '{site.name}': {missing[0]} has no mask {masks / missing[0].stem}.png "
-                                        f"({len(missing)} of {len(files)} images without; names must match)")
-            if not files:
+            if part in result:
+                raise ValueError(f"site '{site.name}': two folders hold images for {part}, one is {place}; keep one")
+            result[part] = pairs_of(images, masks)
+            if not result[part]:
                 raise ValueError(f"site '{site.name}': no images in {images}")
-            result.setdefault(part, [(f, masks / f"{f.stem}.png") for f in files])
     return result
 
 
-def _volume_pairs(site: Path, volumes: dict[str, Path]) -> dict[str, list[tuple[Path, Path]]]:
-    """The same for volumes, by their stems in lower case."""
-    pairs = {}
-    for name, file in volumes.items():
-        if name.endswith("_segmentation"):
-            if name.removesuffix("_segmentation") not in volumes:
-                raise FileNotFoundError(f"site '{site.name}': {file} is a segmentation without its volume")
-        elif f"{name}_segmentation" not in volumes:
-            raise FileNotFoundError(f"site '{site.name}': {file} has no {stem(file)}_segmentation.nii.gz")
-        else:
-            pairs[name] = file, volumes[f"{name}_segmentation"]
+def _listed(site: Path, pairs: list[tuple[Path, Path]]) -> dict[str, list[tuple[Path, Path]]]:
+    """Pairs by the lists train.txt, val.txt and test.txt, if there are any: one case a line; others are left out."""
     lists = {part: site / f"{part}.txt" for part in PARTS if (site / f"{part}.txt").is_file()}
     if not lists:
-        return {"all": list(pairs.values())}
-    result = {}
+        return {"all": pairs}
+    by_name, result = {stem(image).lower(): (image, mask) for image, mask in pairs}, {}
     for part, file in lists.items():
-        names = [stem(Path(line.strip())).lower() if is_volume(Path(line.strip())) else line.strip().lower()
-                 for line in file.read_text().splitlines() if line.strip()]
-        unknown = [name for name in names if name not in pairs]
-        if unknown:
-            raise ValueError(f"{file}: no case {unknown[0]} in {site}")
-        result[part] = [pairs[name] for name in names]
+        names = [stem(Path(line)).lower() for line in file.read_text().split()]
+        wrong = [name for name in names if name not in by_name]
+        if wrong:
+            raise ValueError(f"{file}: no case {wrong[0]} in {site}, or it is in two lists")
+        if names:
+            result[part] = [by_name.pop(name) for name in names]
     return result
 
 
@@ -535,14 +552,13 @@ def _split(parts: dict[str, list], seed: int, name: str) -> list[np.ndarray]:
 
 
 def _image_sites(root: Path, files: dict[str, list], parts: dict[str, list], size: int,
-                 mask_values: list[int] | None, fundus: bool) -> DataSet:
+                 mask_values: list[int] | None, kind: str) -> DataSet:
     images, masks, values, shapes = {}, {}, {}, {}  # by file; only the resized ones stay in memory
     for name, pairs in files.items():
         for file, mask_file in pairs:
-            image, mask = read_image(file), read_mask(mask_file, mask_values, nearest=fundus)
+            image, mask = read_image(file), read_mask(mask_file, mask_values, nearest=kind == "fundus")
             if image.shape[:2] != mask.shape:
-                raise ValueError(f"site '{name}': image {file} is {image.shape[0]}×{image.shape[1]} "
-                                 f"but its mask is {mask.shape[0]}×{mask.shape[1]}")
+                raise ValueError(f"site '{name}': image {file} is {by(image.shape[:2])} but its mask is {by(mask.shape)}")
             values[mask_file] = np.unique(mask).tolist()
             images[file], shapes[file] = resize(image.transpose(2, 0, 1), size), image.shape[:2]
             masks[file] = resize(mask[None], size, Image.Resampling.NEAREST)[0]
@@ -564,18 +580,20 @@ def _image_sites(root: Path, files: dict[str, list], parts: dict[str, list], siz
                                ["/".join(file.relative_to(root).parts[1:]) for file in own],
                                [np.array([place[pairs[i][0]] for i in part]) for part in parts[name]],
                                shapes=[shapes[file] for file in own]))
-    structures = STRUCTURES["fundus"] if fundus else {f"class {c}": (c,) for c in range(1, classes)}
-    return DataSet(sites, channels, structures, "px", f"{'fundus photographs' if fundus else 'images'} of {len(sites)} sites")
+    structures = STRUCTURES["fundus"] if kind == "fundus" else {f"class {c}": (c,) for c in range(1, classes)}
+    return DataSet(sites, channels, structures, "px", kind, mask_values)
 
 
 def _volume_site(name: str, pairs: list, parts: list[np.ndarray], size: int, skip_empty: bool) -> Site:
     slices, masks, index, cases, spacing, shapes, of_case = [], [], [], [], {}, [], []
     for file, mask_file in pairs:
         volume, voxel = read_volume(file)
-        mask, _ = read_volume(mask_file)
+        mask, mask_voxel = read_volume(mask_file)
         if volume.shape != mask.shape:
-            raise ValueError(f"site '{name}': volume {file} is {'×'.join(map(str, volume.shape))} "
-                             f"but its mask is {'×'.join(map(str, mask.shape))}")
+            raise ValueError(f"site '{name}': volume {file} is {by(volume.shape)} but its mask is {by(mask.shape)}")
+        if not np.allclose(voxel, mask_voxel, rtol=0.02):
+            raise ValueError(f"site '{name}': voxels of {file} are {by(np.round(voxel, 3))} mm but those of its mask "
+                             f"{by(np.round(mask_voxel, 3))} mm")
         start = sum(map(len, slices))
         slices.append(normalise_volume(volume, size))
         masks.append(resize((mask > 0).astype(np.uint8), size, Image.Resampling.NEAREST))
@@ -589,18 +607,26 @@ def _volume_site(name: str, pairs: list, parts: list[np.ndarray], size: int, ski
     chosen = [np.concatenate([of_case[case] for case in part]) for part in parts]
     if skip_empty:
         chosen[0] = chosen[0][(everything.masks[chosen[0]] > 0).flatten(1).any(dim=1).numpy()]
+        if not len(chosen[0]):
+            raise ValueError(f"site '{name}': no slice to train with holds prostate; leave out --skip-empty")
     return Site(name, everything, chosen, spacing, shapes)
 
 
 # ---------------------------------------------------------------- single files
+def by(shape) -> str:
+    return "×".join(map(str, shape))
+
+
 def read_image(path: Path) -> np.ndarray:
     """(H, W, 1 or 3) float32, turned as its EXIF says."""
     image = _open(path)
     if image.mode == "LA":
         image = image.convert("L")
-    if image.mode in ("1", "L") or image.mode[0] in "IF":
-        return np.asarray(image, dtype=np.float32)[:, :, None]
-    return np.asarray(image.convert("RGB"), dtype=np.float32)
+    grey = image.mode in ("1", "L") or image.mode[0] in "IF"
+    pixels = np.asarray(image if grey else image.convert("RGB"), dtype=np.float32)
+    if not np.isfinite(pixels).all():
+        raise ValueError(f"{path}: holds values that are not finite")
+    return pixels.reshape(*pixels.shape[:2], -1)
 
 
 def read_mask(path: Path, mask_values: list[int] | None = None, nearest: bool = False) -> np.ndarray:
@@ -616,79 +642,88 @@ def read_mask(path: Path, mask_values: list[int] | None = None, nearest: bool = 
     mask = mask.astype(np.int32)
     if mask_values is None:
         return mask
-    apart = np.abs(mask[:, :, None] - np.array(mask_values))  # (H, W, K)
-    unknown = mask[apart.min(axis=2) > 0]
+    values, place = np.unique(mask, return_inverse=True)
+    unknown = np.setdiff1d(values, mask_values)
     if len(unknown) and not nearest:
-        raise ValueError(f"mask {path}: grey value {unknown.min()} is not among --mask-values "
+        raise ValueError(f"mask {path}: grey value {unknown[0]} is not among --mask-values "
                          f"{' '.join(map(str, mask_values))}")
-    return apart.argmin(axis=2).astype(np.int32)
-
-
-def find_mask(image: Path, folder: Path) -> Path:
-    """The file in `folder` that goes with an image: of the same stem, or <stem>_segmentation."""
-    names = {stem(image).lower(), f"{stem(image)}_segmentation".lower()}
-    for file in sorted(folder.iterdir()):
-        if stem(file).lower() in names and is_volume(file) == is_volume(image):
-            return file
-    raise FileNotFoundError(f"{folder}: no mask for {image}")
+    classes = np.abs(values[:, None] - np.array(mask_values)).argmin(axis=1)
+    return classes[place].reshape(mask.shape).astype(np.int32)
 
 
 def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     """A NIfTI volume as float32 (slice, row, column), from feet to head, front to back and the patient's right to
     left, however the file stores it; and the size of its voxels in mm, in that order."""
-    file, there, _ = _open_volume(path)
-    try:
-        values = np.asarray(file.dataobj, dtype=np.float32)
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        raise ValueError(f"{path}: not a readable NIfTI file ({error}); replace or remove it") from None
+    values, file, to_ours = _open_volume(path)
     import nibabel
     size = nibabel.affines.voxel_sizes(file.affine)
-    return (np.ascontiguousarray(nibabel.orientations.apply_orientation(values, there)),
-            tuple(float(size[there[:, 0] == axis][0]) for axis in range(3)))
-
-
-def read_unlabelled(path: Path, size: int, channels: int) -> np.ndarray:
-    """What the network sees of a file: (n, channels, size, size) float32, one image or the n slices of a volume."""
-    if is_volume(path):
-        slices = normalise_volume(read_volume(path)[0], size)
-        return (slices[neighbours(len(slices))] if channels == 3 else slices[:, None]).astype(np.float32)
-    image = read_image(path)
-    image = image.mean(axis=2, keepdims=True) if channels == 1 else image
-    return as_input(resize(image.transpose(2, 0, 1), size), channels)[None]
+    return (np.ascontiguousarray(nibabel.orientations.apply_orientation(values, to_ours)),
+            tuple(float(size[to_ours[:, 0] == axis][0]) for axis in range(3)))
 
 
 def write_volume(path: Path, mask: np.ndarray, like: Path) -> None:
     """A mask (slice, row, column) as `read_volume` orders it, into a NIfTI file with the axes and affine of `like`."""
-    file, _, back = _open_volume(like)
+    _, file, _ = _open_volume(like)
     import nibabel
+    to_own = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("SPL"),
+                                                 nibabel.io_orientation(file.affine))
     header = file.header.copy()
     header.set_data_dtype(np.uint8)
     header.set_slope_inter(1, 0)
-    nibabel.save(type(file)(nibabel.orientations.apply_orientation(mask.astype(np.uint8), back), file.affine, header), path)
+    header["cal_min"] = header["cal_max"] = 0  # the grey window of the volume would hide a mask
+    nibabel.save(type(file)(nibabel.orientations.apply_orientation(mask.astype(np.uint8), to_own), file.affine, header), path)
 
 
 def _open_volume(path: Path):
-    """The file, and how its axes are reordered to (slice, row, column) and back."""
+    """The values as stored, the file, and how its axes are reordered to (slice, row, column)."""
     try:
         import nibabel
     except ImportError:
         raise ImportError(f"{path}: NIfTI files need nibabel; pip install nibabel") from None
     try:
         file = nibabel.load(path)
-    except (nibabel.filebasedimages.ImageFileError, OSError, EOFError, zlib.error, ValueError) as error:
+        values = np.asarray(file.dataobj, dtype=np.float32)
+    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, OSError, EOFError, zlib.error,
+            ValueError) as error:
         raise ValueError(f"{path}: not a readable NIfTI file ({error}); replace or remove it") from None
-    if len(file.shape) != 3 or min(file.shape) < 1:
-        raise ValueError(f"{path}: a volume of three dimensions is expected, found {'×'.join(map(str, file.shape))}")
+    if values.ndim != 3 or not values.size:
+        raise ValueError(f"{path}: a volume of three dimensions is expected, found {by(values.shape)}")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{path}: holds values that are not finite")
     own, ours = nibabel.orientations.io_orientation(file.affine), nibabel.orientations.axcodes2ornt("SPL")
     if np.isnan(own).any():
         raise ValueError(f"{path}: its affine matrix has no direction for some axis")
-    return file, nibabel.orientations.ornt_transform(own, ours), nibabel.orientations.ornt_transform(ours, own)
+    return values, file, nibabel.orientations.ornt_transform(own, ours)
+
+
+def read_pixels(path: Path) -> np.ndarray:
+    """A volume of n slices, (n, H, W, 1), or one image, (1, H, W, 1 or 3)."""
+    return read_volume(path)[0][..., None] if is_volume(path) else read_image(path)[None]
+
+
+def read_truth(path: Path, mask_values: list[int] | None, nearest: bool) -> np.ndarray:
+    """The mask of a volume or an image as classes (n, H, W)."""
+    return (read_volume(path)[0] > 0).astype(np.int32) if is_volume(path) else read_mask(path, mask_values, nearest)[None]
+
+
+def network_input(path: Path, pixels: np.ndarray, size: int, channels: int, kind: str) -> np.ndarray:
+    """What a network trained on images of this kind sees of a file: (n, channels, size, size) float32."""
+    if is_volume(path) != (kind == "volumes") and (channels > 1 or kind == "volumes"):
+        raise ValueError(f"{path}: the run was trained on {'volumes' if kind == 'volumes' else 'colour images'}")
+    if is_volume(path):
+        slices = normalise_volume(pixels[..., 0], size)
+        return (slices[neighbours(len(slices))] if channels == 3 else slices[:, None]).astype(np.float32)
+    image = pixels[0].mean(axis=2, keepdims=True) if channels == 1 else pixels[0]
+    return as_input(resize(image.transpose(2, 0, 1), size), channels)[None]
 
 
 def _open(path: Path) -> Image.Image:
     try:
-        return ImageOps.exif_transpose(Image.open(path))
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError) as error:
+        image = Image.open(path)
+        if getattr(image, "n_frames", 1) > 1:
+            raise ValueError(f"{image.n_frames} pages, one image is expected")
+        return ImageOps.exif_transpose(image)
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
         raise ValueError(f"{path}: not a readable image ({error}); replace or remove the file") from None
 
 

@@ -3,6 +3,7 @@
 import copy
 import csv
 import dataclasses
+import gzip
 import json
 import math
 import re
@@ -1027,7 +1028,7 @@ def _constant(root):
 
 SITE_ERRORS = {  # what is spoilt in a root of two sound sites, the mask values given, parts of the message
     "missing mask": (lambda r: (r / "a/masks/01.png").unlink(), None,
-                     ["'a'", "{r}/a/images/01.png", "{r}/a/masks/01.png", "1 of 5 images"]),
+                     ["{r}/a/images/01.png", "{r}/a/masks/01.png", "1 of 5 images"]),
     "missing masks folder": (_no_folder, None, ["'a'", "{r}/a/masks"]),
     "sizes differ": (lambda r: _mask(r, np.eye(20, 24)), None, ["'a'", "{r}/a/images/01.png", "32×32", "20×24"]),
     "class index out of range": (lambda r: _mask(r, 255 * np.eye(32)), None,
@@ -1206,6 +1207,12 @@ def _shorter(file):
     file.write_bytes(file.read_bytes()[:-200])
 
 
+def _break_header(file):
+    raw = bytearray(gzip.decompress(file.read_bytes()))
+    raw[70] = 77  # the data type
+    file.write_bytes(gzip.compress(bytes(raw)))
+
+
 def _no_direction(file):
     import nibabel
     header = nibabel.Nifti1Header()
@@ -1216,13 +1223,21 @@ def _no_direction(file):
 
 VOLUME_ERRORS = {
     "segmentation without volume": (lambda r: (r / "UCL/Case01.nii.gz").unlink(), ["UCL/Case01_segmentation.nii.gz", "without its volume"]),
-    "volume without segmentation": (lambda r: (r / "UCL/Case01_segmentation.nii.gz").unlink(), ["Case01.nii.gz has no Case01_segmentation"]),
+    "volume without segmentation": (lambda r: (r / "UCL/Case01_segmentation.nii.gz").unlink(), ["Case01.nii.gz has no mask", "UCL/Case01_segmentation.nii.gz"]),
     "shapes differ": (lambda r: write_nifti(r / "UCL/Case01_segmentation.nii.gz", np.ones((24, 20, 4), np.uint8), affine("LPS")),
                       ["UCL", "Case01.nii.gz is 5×20×24", "4×20×24"]),
     "four dimensions": (lambda r: write_nifti(r / "UCL/Case01.nii.gz", np.ones((24, 20, 5, 2), np.int16), affine("LPS")),
                         ["Case01.nii.gz", "three dimensions", "24×20×5×2"]),
     "cut short": (lambda r: _shorter(r / "UCL/Case01.nii.gz"), ["Case01.nii.gz", "not a readable NIfTI file"]),
     "no NIfTI": (lambda r: (r / "UCL/Case01.nii.gz").write_text("text"), ["Case01.nii.gz", "not a readable NIfTI file"]),
+    "case in two lists": (lambda r: [(r / f"UCL/{p}.txt").write_text("Case00\nCase01\nCase02\nCase03") for p in ("train", "test")],
+                          ["test.txt", "case00", "two lists"]),
+    "two endings": (lambda r: shutil.copy(r / "UCL/Case01.nii.gz", r / "UCL/Case01.nii"), ["Case01.nii", "differ only in their endings"]),
+    "voxels differ": (lambda r: write_nifti(r / "UCL/Case01_segmentation.nii.gz", np.ones((24, 20, 5), np.uint8), affine("LPS", (1, 1, 3))),
+                      ["UCL", "3.0×0.6×0.5 mm", "3.0×1.0×1.0 mm"]),
+    "not finite": (lambda r: write_nifti(r / "UCL/Case01.nii.gz", np.full((24, 20, 5), np.nan, np.float32), affine("LPS")),
+                   ["Case01.nii.gz", "not finite"]),
+    "header broken": (lambda r: _break_header(r / "UCL/Case01.nii.gz"), ["Case01.nii.gz", "not a readable NIfTI file"]),
     "unknown case": (lambda r: (r / "UCL/train.txt").write_text("Case00\nCase77\n"), ["train.txt", "no case case77"]),
     "one folder twice": (lambda r: shutil.copytree(r / "BMC", r / "ISBI_1.5"), ["two folders", "BMC"]),
     "mixed": (lambda r: write_site(r, "photographs", 4), ["different layouts", "known layouts"]),
@@ -1237,6 +1252,30 @@ def test_volume_errors_name_the_trouble(tmp_path, spoil, parts):
     with pytest.raises((ValueError, FileNotFoundError)) as caught:
         data.load_folder(tmp_path, 16)
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_one_bright_voxel_is_clipped(tmp_path):
+    pytest.importorskip("nibabel")
+    values = np.random.default_rng(0).normal(100, 10, (24, 20, 5)).astype(np.float32)
+    spike = values.copy()
+    spike[3, 4, 2] = 1e6
+    volumes = []
+    for name, voxels in (("a", values), ("b", spike)):
+        write_nifti(tmp_path / f"{name}.nii.gz", voxels, affine("LPS"))
+        volumes.append(data.normalise_volume(data.read_volume(tmp_path / f"{name}.nii.gz")[0], 24).astype(np.float64))
+    assert np.abs(volumes[0] - volumes[1]).mean() < 0.01
+    low, high = np.percentile(values, [0.5, 99.5])
+    wanted = np.clip(values.transpose(2, 1, 0)[:, :, :], low, high)
+    wanted = data.resize(wanted, 24)
+    assert np.allclose(volumes[0], (wanted - wanted.mean()) / wanted.std(), atol=0.01)
+
+
+def test_no_slice_to_train_with(tmp_path):
+    write_volumes(tmp_path, {"A": 4})
+    for file in (tmp_path / "A").glob("*egmentation*"):
+        write_nifti(file, np.zeros((24, 20, 5), np.uint8), affine("LPS"))
+    with pytest.raises(ValueError, match="site 'A': no slice to train with holds prostate; leave out --skip-empty"):
+        data.load_folder(tmp_path, 16, skip_empty=True)
 
 
 def test_volumes_without_nibabel(tmp_path, monkeypatch, capsys):
@@ -1280,7 +1319,7 @@ def test_fundus_domains(tmp_path):
                 mask[4, 4:8] = 191, 192, 64, 63
                 Image.fromarray(mask).save(base / "mask" / f"{number}.png")
     loaded = data.load_folder(tmp_path, 24)
-    assert [site.name for site in loaded.sites] == ["Domain1", "Domain2"] and "fundus" in loaded.origin
+    assert [site.name for site in loaded.sites] == ["Domain1", "Domain2"] and loaded.kind == "fundus"
     assert loaded.structures == data.STRUCTURES["fundus"] and loaded.channels == 3 and loaded.classes == 3
     site = loaded.sites[0]
     assert [len(part.cases) for part in splits_of(site)] == [8, 2, 3]
@@ -1325,6 +1364,18 @@ def test_kinds_of_image_files(tmp_path):
     assert np.array_equal(data.read_mask(tmp_path / "mask.png"), indices)
     Image.fromarray(np.repeat(indices[:, :, None], 3, axis=2)).save(tmp_path / "grey.png")
     assert np.array_equal(data.read_mask(tmp_path / "grey.png"), indices)
+
+
+def test_several_pages_and_values_that_are_not_finite(tmp_path):
+    pages = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (1, 2)]
+    pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
+    with pytest.raises(ValueError, match="pages.tif: not a readable image .2 pages"):
+        data.read_image(tmp_path / "pages.tif")
+    Image.fromarray(np.array([[1.0, np.nan]], np.float32)).save(tmp_path / "nan.tif")
+    with pytest.raises(ValueError, match="nan.tif: holds values that are not finite"):
+        data.read_image(tmp_path / "nan.tif")
+    Image.fromarray(np.full((6, 4, 2), (100, 7), np.uint8), "LA").save(tmp_path / "la.png")
+    assert np.array_equal(data.read_image(tmp_path / "la.png"), np.full((6, 4, 1), 100))
 
 
 def test_images_on_disk_read_as_a_tensor():
@@ -1593,6 +1644,10 @@ def folder_run(tmp_path_factory):
     return root, out
 
 
+def read_input(file):
+    return data.network_input(file, data.read_pixels(file), 16, 3, "images")
+
+
 def adapted(run, images, out, *more) -> int:
     return train.main(["--adapt", str(run), "--images", str(images), "--out", str(out), "--device", "cpu", *more])
 
@@ -1611,7 +1666,7 @@ def test_adapting_a_run_repeats_its_outside_phase(folder_run, tmp_path, capsys):
         file = f"{number:02d}.png"
         with Image.open(images / file) as image, Image.open(tmp_path / "one" / "masks" / file) as mask:
             assert mask.size == image.size
-            x = torch.from_numpy(data.read_unlabelled(images / file, 16, 3))
+            x = torch.from_numpy(read_input(images / file))
             wanted = F.interpolate(router.predict(routed, x), image.size[::-1], mode="bilinear").argmax(dim=1)[0]
             assert np.array_equal(np.asarray(mask), wanted)
         for other in ("fold", "again"):
@@ -1625,7 +1680,7 @@ def test_adapting_a_run_repeats_its_outside_phase(folder_run, tmp_path, capsys):
         mask = np.asarray(Image.open(tmp_path / "one" / "masks" / row["file"]))
         assert float(row["foreground"]) == pytest.approx((mask > 0).mean()) and 0 <= float(row["confidence"]) <= 1
     # The confidence: overlap of the foreground with that of a noisy, turned view.
-    x = torch.cat([torch.from_numpy(data.read_unlabelled(images / f"{n:02d}.png", 16, 3)) for n in range(5)])
+    x = torch.cat([torch.from_numpy(read_input(images / f"{n:02d}.png")) for n in range(5)])
     generator = seeded(0)
     views = router.draw_views(x, generator)
     noise = 0.5 * torch.randn(x.shape, generator=generator)
@@ -1638,18 +1693,23 @@ def test_adapting_a_run_repeats_its_outside_phase(folder_run, tmp_path, capsys):
     assert "What routing chose" in capsys.readouterr().out
 
 
-def test_adapting_with_masks_reports_dice(folder_run, tmp_path):
+def test_adapting_with_masks_reports_dice(folder_run, tmp_path, capsys):
+    """By the grey values that the run was trained with; a mask of another size is left out before any work."""
     root, run = folder_run
-    assert adapted(run, root / "c/images", tmp_path / "x", "--masks", str(root / "c/masks"), "--mask-values", "0", "255") == 0
+    shutil.copytree(root / "c", tmp_path / "c")
+    Image.new("L", (5, 5)).save(tmp_path / "c/masks/06.png")
+    assert adapted(run, tmp_path / "c/images", tmp_path / "x", "--masks", str(tmp_path / "c/masks")) == 1
+    assert "06.png: 1×5×5 with classes up to 0, expected 1×26×26 up to 1" in capsys.readouterr().err
     with open(tmp_path / "x" / "images.csv") as file:
         rows = {row["file"]: row for row in csv.DictReader(file)}
+    assert len(rows) == 6
     model = iopfl.with_state(UNet(3, 2, 4, 1), torch.load(run / "seed0-c" / "global.pt", weights_only=True))
     for name, row in rows.items():
         truth = np.asarray(Image.open(root / "c/masks" / name)) > 0
         after = np.asarray(Image.open(tmp_path / "x" / "masks" / name)) > 0
         assert float(row["Dice class 1 after"]) == pytest.approx(iopfl.dice(after, truth))
         with torch.no_grad():
-            p = model(torch.from_numpy(data.read_unlabelled(root / "c/images" / name, 16, 3))).softmax(dim=1)
+            p = model(torch.from_numpy(read_input(root / "c/images" / name))).softmax(dim=1)
         before = F.interpolate(p, truth.shape, mode="bilinear").argmax(dim=1)[0].numpy() > 0
         assert float(row["Dice class 1 before"]) == pytest.approx(iopfl.dice(before, truth), abs=0.01)
 
@@ -1660,7 +1720,7 @@ def test_adapting_skips_broken_images_and_overwrites_only_when_told(folder_run, 
     shutil.copytree(root / "c/images", images)
     _cut(images / "03.png")
     (images / "notes.txt").write_text("no image")
-    assert adapted(run, images, out) == 1
+    assert adapted(run, images, out, "--masks", str(root / "c/masks")) == 1
     captured = capsys.readouterr()
     assert "left out" in captured.err and "03.png" in captured.err and "6 of 7 files" in captured.out
     assert sorted(f.stem for f in (out / "masks").iterdir()) == ["00", "01", "02", "04", "05", "06"]
@@ -1673,6 +1733,10 @@ def test_adapting_skips_broken_images_and_overwrites_only_when_told(folder_run, 
     (other / "letter.txt").write_text("keep")
     assert adapted(run, images, other, "--overwrite") == 2 and (other / "letter.txt").read_text() == "keep"
     capsys.readouterr()
+    (tmp_path / "y.unfinished").mkdir()
+    assert adapted(run, images, tmp_path / "y") == 2 and "in the way" in capsys.readouterr().err
+    (tmp_path / "y.unfinished").rmdir()
+    assert adapted(out, images, tmp_path / "y", "--online") == 2 and "leave out --online" in capsys.readouterr().err
     for run_folder, folder, part in ((tmp_path / "nowhere", images, "found 0"), (run, tmp_path / "nowhere", "nowhere"),
                                      (run, other, "no readable image")):
         assert adapted(run_folder, folder, tmp_path / "y") == 2
@@ -1687,6 +1751,15 @@ def test_adapting_online_takes_one_step_a_batch(folder_run, tmp_path, monkeypatc
         steps.append(len(images)), step(routed, images, generator)))
     assert adapted(run, root / "c/images", tmp_path / "x", "--online") == 0
     assert steps == [5, 2]
+    monkeypatch.undo()
+    names = [f"personal-{name}" for name in "ab"] + ["global"]
+    models = [iopfl.with_state(UNet(3, 2, 4, 1), torch.load(run / "seed0-c" / f"{name}.pt", weights_only=True)) for name in names]
+    x = torch.from_numpy(np.concatenate([read_input(file) for file in sorted((root / "c/images").iterdir())]))
+    p = router.adapt(router.build_routed(models, None, seeded()), x, generator=seeded(), online=True)
+    for n, file in enumerate(sorted((root / "c/images").iterdir())):
+        mask = np.asarray(Image.open(tmp_path / "x" / "masks" / file.name))
+        wanted = F.interpolate(p[n:n + 1], mask.shape, mode="bilinear").argmax(dim=1)[0].numpy()
+        assert (mask != wanted).mean() < 0.01
 
 
 def test_adapting_to_volumes(tmp_path):
@@ -1694,21 +1767,28 @@ def test_adapting_to_volumes(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     write_volumes(tmp_path / "root", {"A": 4, "B": 4, "C": 4})
     assert train.main([*TINY, "--root", str(tmp_path / "root"), "--rounds", "2", "--skip-empty", "--out", str(tmp_path / "run")]) == 0
-    images, masks = tmp_path / "images", tmp_path / "masks"
+    images = tmp_path / "images"  # volumes and segmentations side by side, as in the data set
     for case, codes in (("p", "LPS"), ("q", "SRA")):
         body, _ = data.read_volume(tmp_path / "root/C/Case01.nii.gz")
         truth, _ = data.read_volume(tmp_path / "root/C/Case01_segmentation.nii.gz")
-        for folder, values, name in ((images, body, f"{case}.nii"), (masks, truth, f"{case}_segmentation.nii.gz")):
+        for folder, values, name in ((images, body, f"{case}.nii"), (images, truth, f"{case}_segmentation.nii.gz")):
             spl = nibabel.Nifti1Image(values, affine("SPL", (3.0, 0.6, 0.5)))
             order = nibabel.orientations.ornt_transform(nibabel.io_orientation(spl.affine), nibabel.orientations.axcodes2ornt(codes))
             turned = spl.as_reoriented(order)
             folder.mkdir(exist_ok=True)
+            if folder is images and case == "q" and name.endswith(".nii"):  # stored as shorts with a slope
+                turned = nibabel.Nifti1Image(turned.get_fdata(), turned.affine)
+                turned.set_data_dtype(np.int16)
+                turned.header["cal_max"] = 900
             nibabel.save(turned, folder / name)
-    assert adapted(tmp_path / "run", images, tmp_path / "out", "--masks", str(masks)) == 0
+    assert adapted(tmp_path / "run", images, tmp_path / "out", "--masks", str(images)) == 0
+    assert sorted(f.name for f in (tmp_path / "out/masks").iterdir()) == ["p.nii.gz", "q.nii.gz"]
+    assert adapted(tmp_path / "run", images, tmp_path / "blind") == 0  # segmentations are no images
+    assert (tmp_path / "blind/images.csv").read_text().count("\n") == 3
     found = []
     for case in "pq":
         mask, image = nibabel.load(tmp_path / f"out/masks/{case}.nii.gz"), nibabel.load(images / f"{case}.nii")
-        assert mask.shape == image.shape and np.allclose(mask.affine, image.affine)
+        assert mask.shape == image.shape and np.allclose(mask.affine, image.affine) and mask.header["cal_max"] == 0
         found.append(data.read_volume(tmp_path / f"out/masks/{case}.nii.gz")[0])
     assert np.array_equal(*found)
     with open(tmp_path / "out" / "images.csv") as file:

@@ -182,6 +182,8 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--adapt RUN and --images DIR go together")
     if (args.masks or args.online) and not args.adapt:
         parser.error("--masks and --online go with --adapt")
+    if args.adapt and (args.root or args.list):
+        parser.error("--adapt takes its images from --images; leave out --root and --list")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
@@ -298,8 +300,7 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
         if args.jobs == 1:
             line = f"round {last.number:3d}/{args.rounds}"
             for site in inside:
-                dice = (score(iopfl.with_state(model, own[site.name]), site.validation, structures)
-                        for own in last.own.values())
+                dice = (score(iopfl.with_state(model, own[site.name]), site, structures) for own in last.own.values())
                 line += f"  {site.name} " + "/".join(f"{100 * value:.1f}" for value in dice)
             left = (time.perf_counter() - start) * (args.rounds / last.number - 1)
             print(f"{line}  {left:4.0f} s left", flush=True)
@@ -375,11 +376,11 @@ def oracle(args: argparse.Namespace, global_model: torch.nn.Module, split: data.
     return prediction
 
 
-def score(model: torch.nn.Module, split: data.Split, structures: dict) -> float:
-    """Mean Dice over the structures."""
-    prediction = iopfl.predict(model, split.images)
-    return float(np.mean([row["dice"] for row in iopfl.evaluate(
-        prediction, split.masks[:], split.cases, structures, (1, 1), distances=False)]))
+def score(model: torch.nn.Module, site: data.Site, structures: dict) -> float:
+    """Mean Dice over the structures on the validation images."""
+    split = site.validation
+    return float(np.mean([row["dice"] for row in iopfl.evaluate(iopfl.predict(model, split.images), split.masks[:],
+                                                                split.cases, structures, site.spacing, distances=False)]))
 
 
 def save(path: Path, state: dict) -> None:
@@ -526,9 +527,14 @@ def draw_grid(cells: list[list[Image.Image]], labels: list[str], titles: list[st
 
 def draw_hospitals(sites: list[data.Site], path: Path) -> None:
     """Gallery: training images of each hospital, the last two with their masks."""
-    count = min(6, min(len(site.train.images) for site in sites))
-    cells = [[picture(site.train.shown(i), [(site.train.masks[i], GREEN)] if i >= count - 2 else [])
-              for i in range(count)] for site in sites]
+    count, cells = min(6, min(len(site.train.images) for site in sites)), []
+    for site in sites:
+        # Of volumes such slices as hold something, spread over the patients.
+        shown = (site.train.masks[:] > 0).flatten(1).any(dim=1).nonzero()[:, 0]
+        shown = shown if len(shown) >= count else torch.arange(len(site.train.images))
+        shown = shown[torch.linspace(0, len(shown) - 1, count).round().long()].tolist()
+        cells.append([picture(site.train.shown(i), [(site.train.masks[i], GREEN)] if n >= count - 2 else [])
+                      for n, i in enumerate(shown)])
     titles = [""] * (count - 2) + ["drawn by its annotator"] if count > 2 else []
     draw_grid(cells, [site.name for site in sites], titles, path)
 
@@ -606,11 +612,16 @@ def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
 
 
 # ---------------------------------------------------------------- a look at the images
+def origin(loaded: data.DataSet) -> str:
+    kinds = {"images": "images", "fundus": "fundus photographs with disc and cup", "volumes": "prostate volumes"}
+    return f"{len(loaded.sites)} sites, {kinds.get(loaded.kind, 'simulated images')}"
+
+
 def show(args: argparse.Namespace, out: Path) -> int:
     """What is there: sites, cases, sizes, spacings, shares of the classes, and a gallery."""
     loaded = load_sites(args, args.seeds[0])
-    print(f"{loaded.origin}; {loaded.channels} channels, classes 0 to {loaded.classes - 1}")
-    print(f"{'site':12}{'train':>7}{'val':>6}{'test':>6}{'images':>8}  {'size as read':26}{'pixel or voxel, ' + loaded.unit:26}"
+    print(f"{origin(loaded)}; {loaded.channels} channels, classes 0 to {loaded.classes - 1}")
+    print(f"{'':19}{'cases':>19}\n{'site':19}{'train':>7}{'val':>6}{'test':>6}{'images':>8}  {'size as read':26}{'pixel or voxel, ' + loaded.unit:26}"
           + "".join(f"{f'class {c}, %':>12}" for c in range(loaded.classes)))
 
     def span(values: list) -> str:
@@ -622,7 +633,7 @@ def show(args: argparse.Namespace, out: Path) -> int:
         counts = [len(set(part.cases)) for part in (site.train, site.validation, site.test)]
         shares = torch.bincount(split.masks.flatten(), minlength=loaded.classes) / split.masks.numel()
         shapes, spacings = site.shapes or [split.masks.shape[1:]], site.spacing
-        print(f"{site.name:12.11}" + "".join(f"{count:>{w}}" for count, w in zip(counts, (7, 6, 6))) + f"{len(split.cases):8}  "
+        print(f"{site.name:19.18}" + "".join(f"{count:>{w}}" for count, w in zip(counts, (7, 6, 6))) + f"{len(split.cases):8}  "
               + f"{span(shapes):26}{span(list(spacings.values()) if isinstance(spacings, dict) else [spacings]):26}"
               + "".join(f"{100 * share:12.2f}" for share in shares.tolist()))
     picture_file = out.with_name(out.name + "-hospitals.png")
@@ -645,11 +656,13 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
                              + "".join(f"; --adapt {fold}" for fold in folds[:6]))
         path = folds[0]
         results = json.loads((path.parent / "results.json").read_text())
+        if "data" not in results:
+            raise ValueError(f"{path.parent} was trained by an older version of this script; train it again")
         routing = (results["config"]["outside"].get("routing") or asdict(Outside()))["settings"]
-        known = {**results["config"], **results["data"], "routing": routing, "seed": int(path.name[4:].split("-")[0]), "adapted": False,
+        known = {"adapted": False, **{key: results["config"][key] for key in ("size", "width", "depth")}, **results["data"],
+                 "routing": routing, "seed": int(path.name[4:].split("-")[0]),
                  "experts": [*sorted(file.stem.removeprefix("personal-") for file in path.glob("personal-*.pt")), "global"]}
-    classes = 1 + max(max(classes) for classes in known["structures"].values())
-    models = [UNet(known["channels"], classes, known["width"], known["depth"]) for _ in known["experts"]]
+    models = [UNet(known["channels"], known["classes"], known["width"], known["depth"]) for _ in known["experts"]]
     if not known["adapted"]:
         files = [*(f"personal-{name}.pt" for name in known["experts"][:-1]), "global.pt"]
         for file, model in zip(files, models):
@@ -674,33 +687,38 @@ def progress(items: Sequence, label: str) -> Iterator:
 
 def adapt(args: argparse.Namespace, out: Path) -> int:
     """Masks, overlays and a report for a folder of unlabelled images; 1 if some could not be read."""
-    if out.exists() and not (args.overwrite and (out / "adapted.json").is_file()):
-        raise ValueError(f"{out} exists; say another --out" + " or --overwrite" * (out / "adapted.json").is_file())
     routed, known = open_run(Path(args.adapt).resolve(), args.device)
-    files = sorted(file for file in Path(args.images).iterdir()
-                   if (data.is_volume(file) or file.suffix.lower() in data.IMAGE_TYPES) and file.name[0] != ".")
-    if len({data.stem(file) for file in files}) < len(files):
-        raise ValueError(f"{args.images}: two images differ only in their endings")
-    stored, sources = data.Stored((known["channels"], known["size"], known["size"]), args.device), []
-    for file in progress(files, "reading"):
-        if args.masks:
-            data.find_mask(file, Path(args.masks))  # now, not after an hour
+    if known["adapted"] and args.online:
+        raise ValueError(f"{args.adapt} was adapted before and is used as it is; leave out --online")
+    values = args.mask_values or known["mask_values"]
+    pairs = data.pairs_of(Path(args.images), Path(args.masks) if args.masks else None)
+    folder = open_folder(out, {"adapt": str(Path(args.adapt).resolve()), "images": str(Path(args.images).resolve())},
+                         args.overwrite, "adapted.json")
+    torch.backends.cudnn.deterministic = True
+    stored, sources = data.Stored((known["channels"], known["size"], known["size"]), args.device, folder), []
+    for file, mask_file in progress(pairs, "reading"):
         try:
-            inputs = data.read_unlabelled(file, known["size"], known["channels"])
+            pixels = data.read_pixels(file)
+            inputs = data.network_input(file, pixels, known["size"], known["channels"], known["kind"])
+            if mask_file:
+                truth = data.read_truth(mask_file, values, known["kind"] == "fundus")
+                if truth.shape != pixels.shape[:3] or truth.max() >= known["classes"]:
+                    raise ValueError(f"mask {mask_file}: {data.by(truth.shape)} with classes up to {truth.max()}, expected "
+                                     f"{data.by(pixels.shape[:3])} up to {known['classes'] - 1}; mind --mask-values")
         except (ValueError, OSError) as error:
             print(f"left out: {error}", file=sys.stderr)
             continue
         stored.append(inputs)
-        sources.append((file, len(inputs)))
+        sources.append((file, mask_file, len(inputs)))
     if not sources:
+        shutil.rmtree(folder)
         raise ValueError(f"{args.images}: no readable image; PNG, JPEG, TIFF and NIfTI are known")
-    folder = out.with_name(out.name + ".unfinished")
-    shutil.rmtree(folder, ignore_errors=True)
     for name in ("masks", "overlays"):
-        (folder / name).mkdir(parents=True)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir()
 
     generator = torch.Generator(args.device).manual_seed(known["seed"])
-    begin, passes = time.perf_counter(), progress(range(known["routing"]["passes"] + 1), "adapting, pass")
+    begin, passes = time.perf_counter(), progress(range(known["routing"]["passes"]), "adapting, pass")
     if known["adapted"]:
         batches = (router.predict(routed, batch) for batch in stored.split(routed.settings.batch_size))
     else:
@@ -709,8 +727,9 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
     images = outside_images(routed, stored, batches, bool(args.masks))
     images = itertools.chain([next(images)], images)  # the first comes after all passes
     rows = []
-    for file, count in progress(sources, "predicting"):
-        rows.append(write_masks(file, [next(images) for _ in range(count)], known, args, folder))
+    for file, mask_file, count in progress(sources, "predicting"):
+        truth = data.read_truth(mask_file, values, known["kind"] == "fundus") if mask_file else None
+        rows.append(write_masks(file, [next(images) for _ in range(count)], truth, known["structures"], folder))
     layers, weights = router.mean_routing(routed, stored)
     draw_heat_map(weights.tolist(), [layer.removeprefix("network.") for layer in layers], known["experts"], folder / "routing.png")
     save(folder / "adapted.pt", routed.state_dict())
@@ -727,8 +746,8 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
     for key in rows[0]:
         if key != "file":
             print(f"{key}: mean {np.mean([row[key] for row in rows]):.3f}, least {min(row[key] for row in rows):.3f}")
-    print(f"{len(sources)} of {len(files)} files in {time.perf_counter() - begin:.0f} s. Masks, overlays, images.csv: {out}")
-    return int(len(sources) < len(files))
+    print(f"{len(sources)} of {len(pairs)} files in {time.perf_counter() - begin:.0f} s. Masks, overlays, images.csv: {out}")
+    return int(len(sources) < len(pairs))
 
 
 def outside_images(routed: router.RoutedNetwork, stored: data.Stored, batches: Iterator[Tensor],
@@ -750,11 +769,10 @@ def outside_images(routed: router.RoutedNetwork, stored: data.Stored, batches: I
         yield from zip(probabilities, agreement.cpu().numpy(), source)
 
 
-def write_masks(file: Path, images: list[tuple], known: dict, args: argparse.Namespace, folder: Path) -> dict:
-    """Mask and overlay of one file at its own size; returns its line of images.csv."""
-    volume, name = data.is_volume(file), data.stem(file)
-    pixels = data.read_volume(file)[0] if volume else data.read_image(file)
-    shape = pixels.shape[1:] if volume else pixels.shape[:2]
+def write_masks(file: Path, images: list[tuple], truth: np.ndarray | None, structures: dict, folder: Path) -> dict:
+    """Mask and overlay of one file at its own size; returns its line of images.csv. truth: (n, H, W), if known."""
+    volume, name, pixels = data.is_volume(file), data.stem(file), data.read_pixels(file)
+    shape = pixels.shape[1:3]
 
     def own_size(probabilities: list[Tensor]) -> np.ndarray:
         """Classes (n, H, W)."""
@@ -764,21 +782,16 @@ def write_masks(file: Path, images: list[tuple], known: dict, args: argparse.Nam
     mask = own_size([probabilities for probabilities, *_ in images])
     overlap, size = np.sum([agreement for _, agreement, _ in images], axis=0)
     row = {"file": file.name, "foreground": float((mask > 0).mean()), "confidence": float(overlap / max(size, 1e-6))}
-    if args.masks:
-        mask_file = data.find_mask(file, Path(args.masks))
-        truth = data.read_volume(mask_file)[0] > 0 if volume else data.read_mask(mask_file, args.mask_values)[None]
-        if truth.shape != mask.shape:
-            raise ValueError(f"mask {mask_file} is {'×'.join(map(str, truth.shape))}, "
-                             f"its image {'×'.join(map(str, mask.shape))}")
+    if truth is not None:
         for when, prediction in (("before", own_size([source for *_, source in images])), ("after", mask)):
-            for structure, classes in known["structures"].items():
+            for structure, classes in structures.items():
                 row[f"Dice {structure} {when}"] = iopfl.dice(np.isin(prediction, classes), np.isin(truth, classes))
     if volume:
         data.write_volume(folder / "masks" / f"{name}.nii.gz", mask, file)
         area = (mask > 0).sum(axis=(1, 2))
         chosen = np.flatnonzero(area) if area.any() else np.arange(len(mask))
         chosen = chosen[np.linspace(0, len(chosen) - 1, min(6, len(chosen))).round().astype(int)]
-        cells = [picture(torch.from_numpy(pixels[i][None]), [(torch.from_numpy(mask[i]), BLUE)]) for i in chosen]
+        cells = [picture(torch.from_numpy(pixels[i, :, :, 0][None]), [(torch.from_numpy(mask[i]), BLUE)]) for i in chosen]
         draw_grid([cells], [name[:14]], [f"slice {i}" for i in chosen], folder / "overlays" / f"{name}.png")
     else:
         image = Image.fromarray(mask[0])
@@ -786,15 +799,16 @@ def write_masks(file: Path, images: list[tuple], known: dict, args: argparse.Nam
         image.save(folder / "masks" / f"{name}.png")
         scale = min(1, 640 / max(shape))
         size = (max(1, round(shape[1] * scale)), max(1, round(shape[0] * scale)))
-        picture(torch.from_numpy(pixels.transpose(2, 0, 1)), [(torch.from_numpy(mask[0]), BLUE)], size).save(
+        picture(torch.from_numpy(pixels[0].transpose(2, 0, 1)), [(torch.from_numpy(mask[0]), BLUE)], size).save(
             folder / "overlays" / f"{name}.png")
     return row
 
 
 # ---------------------------------------------------------------- the whole
-def open_folder(out: Path, settings: dict, overwrite: bool) -> Path:
-    """The folder to work in until all is done, `<out>.unfinished`: new, or of a run of the same settings."""
-    is_run = (out / "results.json").is_file()
+def open_folder(out: Path, settings: dict, overwrite: bool, proof: str = "results.json") -> Path:
+    """The folder to work in until all is done, `<out>.unfinished`: new, or of a run of the same settings. `proof`: the
+    file that tells a finished run, which alone may be replaced."""
+    is_run = (out / proof).is_file()
     if out.exists() and not (overwrite and is_run):
         raise ValueError(f"{out} exists; " + ("say --overwrite or another --out" if is_run else
                                               "it holds no run of this script; say another --out"))
@@ -859,7 +873,7 @@ def train(args: argparse.Namespace, out: Path) -> int:
     settings["inside"], settings["outside"] = ({name: asdict(method) if method else None for name, method in
                                                 methods.items()} for methods in (inside, outside))
     folder = open_folder(out, json.loads(json.dumps(settings)), args.overwrite)
-    print(loaded.origin)
+    print(origin(loaded))
     draw_hospitals(loaded.sites, folder / "hospitals.png")
     tasks = plan(args, chosen, folder)
     if args.jobs is None:
@@ -882,7 +896,9 @@ def train(args: argparse.Namespace, out: Path) -> int:
                    "threads": torch.get_num_threads(), "jobs": args.jobs,
                    "peak_memory_mib": round(peak / (1024 if sys.platform != "darwin" else 1024**2))}
     (folder / "results.json").write_text(json.dumps(
-        {"config": settings, "data": {"channels": loaded.channels, "structures": loaded.structures}, "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
+        {"config": settings, 
+         "data": {"channels": loaded.channels, "classes": loaded.classes, "structures": loaded.structures,
+                  "kind": loaded.kind, "mask_values": loaded.mask_values}, "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
          "rows": rows}, indent=1))
     routings = [result["routing"] for result in results if result["routing"]]
     if routings:
