@@ -602,8 +602,10 @@ def _volume_site(name: str, pairs: list, parts: list[np.ndarray], size: int, ski
         cases += [stem(file)] * len(volume)
         spacing[stem(file)] = (voxel[0], voxel[1] * volume.shape[1] / size, voxel[2] * volume.shape[2] / size)
         shapes.append(volume.shape)
-    everything = Split(Picked(torch.from_numpy(np.concatenate(slices)), torch.from_numpy(np.concatenate(index))),
-                       torch.from_numpy(np.concatenate(masks)), cases)
+    masks = np.concatenate(masks)  # one after the other, so that the lists go
+    slices = np.concatenate(slices)
+    everything = Split(Picked(torch.from_numpy(slices), torch.from_numpy(np.concatenate(index))),
+                       torch.from_numpy(masks), cases)
     chosen = [np.concatenate([of_case[case] for case in part]) for part in parts]
     if skip_empty:
         chosen[0] = chosen[0][(everything.masks[chosen[0]] > 0).flatten(1).any(dim=1).numpy()]
