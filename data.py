@@ -671,7 +671,6 @@ def write_volume(path: Path, mask: np.ndarray, like: Path) -> None:
                                                  nibabel.io_orientation(file.affine))
     header = file.header.copy()
     header.set_data_dtype(np.uint8)
-    header.set_slope_inter(1, 0)
     header["cal_min"] = header["cal_max"] = 0  # the grey window of the volume would hide a mask
     nibabel.save(type(file)(nibabel.orientations.apply_orientation(mask.astype(np.uint8), to_own), file.affine, header), path)
 

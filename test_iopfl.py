@@ -1378,6 +1378,22 @@ def test_several_pages_and_values_that_are_not_finite(tmp_path):
     assert np.array_equal(data.read_image(tmp_path / "la.png"), np.full((6, 4, 1), 100))
 
 
+def test_what_a_network_sees_of_a_file(tmp_path):
+    """Colours become grey for a network of one channel, slices are single for it; other mixtures are refused."""
+    pixels = np.random.default_rng(0).random((1, 8, 8, 3)).astype(np.float32)
+    grey = pixels[0].mean(axis=2)
+    seen = data.network_input(Path("x.png"), pixels, 8, 1, "images")
+    assert seen.shape == (1, 1, 8, 8) and np.allclose(seen[0, 0], (grey - grey.mean()) / grey.std(), atol=1e-5)
+    volume = np.random.default_rng(1).random((4, 8, 8, 1)).astype(np.float32)
+    single = data.network_input(Path("x.nii.gz"), volume, 8, 1, "images")
+    stacks = data.network_input(Path("x.nii"), volume, 8, 3, "volumes")
+    assert single.shape == (4, 1, 8, 8) and stacks.shape == (4, 3, 8, 8)
+    assert np.array_equal(stacks[:, 1], single[:, 0]) and np.array_equal(stacks[2, 0], single[1, 0])
+    for path, values, channels, kind in ((Path("x.nii"), volume, 3, "fundus"), (Path("x.png"), pixels, 3, "volumes")):
+        with pytest.raises(ValueError, match=f"{path}: the run was trained on"):
+            data.network_input(path, values, 8, channels, kind)
+
+
 def test_images_on_disk_read_as_a_tensor():
     images = torch.randn(11, 2, 4, 5)
     stored = data.Stored((2, 4, 5), "cpu")
@@ -1693,6 +1709,16 @@ def test_adapting_a_run_repeats_its_outside_phase(folder_run, tmp_path, capsys):
     assert "What routing chose" in capsys.readouterr().out
 
 
+def test_progress_on_a_terminal(folder_run, tmp_path, monkeypatch, capsys):
+    root, run = folder_run
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    assert adapted(run, root / "c/images", tmp_path / "x") == 0
+    shown = [part.strip() for part in re.split("[\r\n]", capsys.readouterr().err) if part.strip()]
+    assert [part.split(",")[0] for part in shown if part.startswith("reading")] == [f"reading {n}/7" for n in range(1, 8)]
+    assert [part for part in shown if part.startswith("adapting")][-1] == "adapting, pass 3/3, 0 s left"
+    assert shown[-1] == "predicting 7/7, 0 s left"
+
+
 def test_adapting_with_masks_reports_dice(folder_run, tmp_path, capsys):
     """By the grey values that the run was trained with; a mask of another size is left out before any work."""
     root, run = folder_run
@@ -1793,6 +1819,15 @@ def test_adapting_to_volumes(tmp_path):
     assert np.array_equal(*found)
     with open(tmp_path / "out" / "images.csv") as file:
         p, q = csv.DictReader(file)
+    # The confidence of a volume pools its slices; the first five are one batch.
+    routed, _ = train.open_run(tmp_path / "out", "cpu")
+    x = torch.from_numpy(data.network_input(images / "p.nii", data.read_pixels(images / "p.nii"), 16, 3, "volumes"))
+    generator = seeded(0)
+    views = router.draw_views(x, generator)
+    noise = 0.5 * torch.randn(x.shape, generator=generator)
+    of_view = router.view(router.predict(routed, router.view(x + noise, views)), views, inverse=True)
+    a, b = 1 - router.predict(routed, x)[:, 0], 1 - of_view[:, 0]
+    assert float(p["confidence"]) == pytest.approx((2 * (a * b).sum() / (a**2 + b**2).sum()).item(), abs=1e-5)
     assert float(p["Dice prostate after"]) == float(q["Dice prostate after"]) == pytest.approx(iopfl.dice(found[0] > 0, truth > 0))
 
 
