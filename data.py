@@ -1,15 +1,6 @@
 """Where images come from: simulated hospitals of two tasks, or folders of real images and volumes.
 
-The simulated hospitals were calibrated with local training and FedAvg only, on seed 100, which no table
-reports (train.py's defaults: 96 × 96, 60 images a hospital, 30 rounds). FedAvg over all six, mean foreground
-Dice in %: prostate 89.3 (Linden 86.4 … Alder 93.8), fundus 88.8 (Heron 83.7 … Crane 92.2). Points lost on
-the test images of a hospital held out:
-    Alder 0.3, Birch 4.9, Cedar -0.2, Hazel 12.0, Linden 2.4, Rowan 7.4: mean 4.5
-    Crane 0.0, Finch 3.9, Heron 1.4, Plover 13.2, Robin 0.0, Swift 9.6: mean 4.7
-Replacing the global model's BatchNorm statistics by those of the hospital held out changes its Dice by
-    Alder +0.2, Birch +4.1, Cedar -1.0, Hazel +3.7, Linden 0.0, Rowan +2.4
-    Crane -1.4, Finch +6.6, Heron +7.7, Plover +21.4, Robin -0.7, Swift +10.1 points.
-
+Read `Split`, `Site` and `DataSet`, then the table HOSPITALS: the rest is how hospitals are drawn and files are read.
 Everything here is ours. Images are float32, each normalised to mean 0 and variance 1 over all its
 pixels and channels together (a colour cast stays, a scanner's gain goes); masks are uint8 class indices.
 """
@@ -574,11 +565,9 @@ def _image_sites(root: Path, files: dict[str, list], parts: dict[str, list], siz
     channels = max(len(image) for image in images.values())
     sites = []
     for name, pairs in files.items():
-        own = sorted(file for file, _ in pairs)
-        place = {file: number for number, file in enumerate(own)}
+        own = [file for file, _ in pairs]
         sites.append(make_site(name, [as_input(images[file], channels) for file in own], [masks[file] for file in own],
-                               ["/".join(file.relative_to(root).parts[1:]) for file in own],
-                               [np.array([place[pairs[i][0]] for i in part]) for part in parts[name]],
+                               ["/".join(file.relative_to(root).parts[1:]) for file in own], parts[name],
                                shapes=[shapes[file] for file in own]))
     structures = STRUCTURES["fundus"] if kind == "fundus" else {f"class {c}": (c,) for c in range(1, classes)}
     return DataSet(sites, channels, structures, "px", kind, mask_values)
