@@ -387,7 +387,7 @@ def measure_site(routed: RoutedNetwork, images: Tensor) -> None:
     since each layer's inputs depend on the statistics of the layers before."""
     def count(norm: RoutedBatchNorm2d, x: Tensor) -> None:
         norm.site_images += len(x)
-        part = len(x) / norm.site_images
+        part = (len(x) / norm.site_images).to(x.dtype)
         norm.site_mean.lerp_(x.mean(dim=(0, 2, 3)), part)
         norm.site_square.lerp_(x.square().mean(dim=(0, 2, 3)), part)
 
