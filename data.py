@@ -453,12 +453,15 @@ def stem(path: Path) -> str:
     return path.stem.removesuffix(".nii") if is_volume(path) else path.stem
 
 
-def pairs_of(images: Path, masks: Path | None = None) -> list[tuple[Path, Path | None]]:
+def pairs_of(images: Path, masks: Path | None = None, strict: bool = True) -> list[tuple[Path, Path | None]]:
     """The images and volumes of a folder with their masks: those of the same stem in the folder `masks`, or of the stem
-    with _segmentation, also in the same folder. Without `masks`: no masks, and none is taken for an image."""
+    with _segmentation, also in the same folder. Without `masks`: no masks, and none is taken for an image. A mask or an
+    image that is missing is an error where `strict`."""
     found: list[dict[str, Path]] = []
     for folder in (images, masks or images):
         files: dict[str, Path] = {}
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder}: no such folder")
         for file in sorted(folder.iterdir()):
             if file.name[0] != "." and (is_volume(file) or file.suffix.lower() in IMAGE_TYPES):
                 if files.setdefault(stem(file).lower(), file) != file:
@@ -471,15 +474,15 @@ def pairs_of(images: Path, masks: Path | None = None) -> list[tuple[Path, Path |
     if masks is None:
         return [(file, None) for file in own.values()]
     alone = [drawn[name] for name in drawn if name not in own]
-    if masks == images and alone:
+    if strict and masks == images and alone:
         raise FileNotFoundError(f"{alone[0]} is a segmentation without its volume")
     drawn = {**(theirs if masks != images else {}), **drawn}
     missing = [file for name, file in own.items() if name not in drawn]
-    if missing:
+    if strict and missing:
         name = f"{stem(missing[0])}_segmentation.nii.gz" if is_volume(missing[0]) else f"{stem(missing[0])}.png"
         raise FileNotFoundError(f"{missing[0]} has no mask {masks / name} "
                                 f"({len(missing)} of {len(own)} images without; names must match)")
-    return [(file, drawn[name]) for name, file in own.items()]
+    return [(file, drawn.get(name)) for name, file in own.items()]
 
 
 def _pairs(site: Path) -> dict[str, list[tuple[Path, Path]]]:
@@ -703,7 +706,10 @@ def network_input(path: Path, pixels: np.ndarray, size: int, channels: int, kind
     if is_volume(path):
         slices = normalise_volume(pixels[..., 0], size)
         return (slices[neighbours(len(slices))] if channels == 3 else slices[:, None]).astype(np.float32)
-    image = pixels[0].mean(axis=2, keepdims=True) if channels == 1 else pixels[0]
+    image = pixels[0]
+    if channels == 1 and (image != image[:, :, :1]).any():
+        raise ValueError(f"{path}: holds colours, the run was trained on grey images")
+    image = image[:, :, :1] if channels == 1 else image
     return as_input(resize(image.transpose(2, 0, 1), size), channels)[None]
 
 

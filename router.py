@@ -195,8 +195,9 @@ class RoutedBatchNorm2d(nn.Module):
         scale = (variance + self.eps).rsqrt()
         shift = -mean * scale
         if self.affine:
-            gain = routing @ self.weight + self.delta_weight
-            scale, shift = scale * gain, shift * gain + routing @ self.bias + self.delta_bias
+            # An expert as it was trained knows nothing of adaptation.
+            gain, more = (routing @ self.weight, 0.0) if fixed else (routing @ self.weight + self.delta_weight, self.delta_bias)
+            scale, shift = scale * gain, shift * gain + routing @ self.bias + more
         scale, shift = (v.expand(len(x), -1)[:, :, None, None] for v in (scale, shift))
         return x * scale + shift
 

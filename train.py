@@ -621,7 +621,7 @@ def show(args: argparse.Namespace, out: Path) -> int:
     """What is there: sites, cases, sizes, spacings, shares of the classes, and a gallery."""
     loaded = load_sites(args, args.seeds[0])
     print(f"{origin(loaded)}; {loaded.channels} channels, classes 0 to {loaded.classes - 1}")
-    print(f"{'':19}{'cases':>19}\n{'site':19}{'train':>7}{'val':>6}{'test':>6}{'images':>8}  {'size as read':26}{'pixel or voxel, ' + loaded.unit:26}"
+    print(f"{'':19}{'cases':>19}\n{'site':19}{'train':>7}{'val':>6}{'test':>6}{'images':>8}  {'size as read':26}{'resized voxel, ' + loaded.unit if loaded.unit == 'mm' else 'resized pixel':26}"
           + "".join(f"{f'class {c}, %':>12}" for c in range(loaded.classes)))
 
     def span(values: list) -> str:
@@ -646,6 +646,8 @@ def show(args: argparse.Namespace, out: Path) -> int:
 # ---------------------------------------------------------------- a hospital outside with unlabelled images alone
 def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
     """The routed network of a trained run, or one that was adapted before, and what is known of it."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"{path}: no such run")
     if (path / "adapted.json").is_file():
         known = json.loads((path / "adapted.json").read_text())
     else:
@@ -691,7 +693,9 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
     if known["adapted"] and args.online:
         raise ValueError(f"{args.adapt} was adapted before and is used as it is; leave out --online")
     values = args.mask_values or known["mask_values"]
-    pairs = data.pairs_of(Path(args.images), Path(args.masks) if args.masks else None)
+    pairs = data.pairs_of(Path(args.images), Path(args.masks) if args.masks else None, strict=False)
+    if not pairs:
+        raise ValueError(f"{args.images}: no image; PNG, JPEG, TIFF and NIfTI are known")
     folder = open_folder(out, {"adapt": str(Path(args.adapt).resolve()), "images": str(Path(args.images).resolve())},
                          args.overwrite, "adapted.json")
     torch.backends.cudnn.deterministic = True
@@ -700,19 +704,23 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
         try:
             pixels = data.read_pixels(file)
             inputs = data.network_input(file, pixels, known["size"], known["channels"], known["kind"])
-            if mask_file:
-                truth = data.read_truth(mask_file, values, known["kind"] == "fundus")
-                if truth.shape != pixels.shape[:3] or truth.max() >= known["classes"]:
-                    raise ValueError(f"mask {mask_file}: {data.by(truth.shape)} with classes up to {truth.max()}, expected "
-                                     f"{data.by(pixels.shape[:3])} up to {known['classes'] - 1}; mind --mask-values")
         except (ValueError, OSError) as error:
+            problem = error
             print(f"left out: {error}", file=sys.stderr)
             continue
+        try:
+            truth = data.read_truth(mask_file, values, known["kind"] == "fundus") if mask_file else np.zeros(pixels.shape[:3])
+            if truth.shape != pixels.shape[:3] or truth.max() >= known["classes"]:
+                raise ValueError(f"mask {mask_file}: {data.by(truth.shape)} with classes up to {truth.max()}, expected "
+                                 f"{data.by(pixels.shape[:3])} up to {known['classes'] - 1}; mind --mask-values")
+        except (ValueError, OSError) as error:
+            print(f"not scored: {error}", file=sys.stderr)
+            mask_file = None
         stored.append(inputs)
         sources.append((file, mask_file, len(inputs)))
     if not sources:
         shutil.rmtree(folder)
-        raise ValueError(f"{args.images}: no readable image; PNG, JPEG, TIFF and NIfTI are known")
+        raise ValueError(f"{args.images}: none of the {len(pairs)} files can be used; the last: {problem}")
     for name in ("masks", "overlays"):
         shutil.rmtree(folder / name, ignore_errors=True)
         (folder / name).mkdir()
@@ -734,18 +742,20 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
     draw_heat_map(weights.tolist(), [layer.removeprefix("network.") for layer in layers], known["experts"], folder / "routing.png")
     save(folder / "adapted.pt", routed.state_dict())
     chosen = dict(zip(known["experts"], weights.mean(dim=0).tolist()))
-    (folder / "adapted.json").write_text(json.dumps({**known, "adapted": True, "chosen": chosen}, indent=1))
+    (folder / "adapted.json").write_text(json.dumps(
+        {**known, "adapted": True, "online": args.online or known.get("online", False), "files": len(sources),
+         "chosen": chosen}, indent=1))
     with open(folder / "images.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
+        writer = csv.DictWriter(file, max(rows, key=len))  # without a mask a row has no Dice
         writer.writeheader()
         writer.writerows(rows)
     if out.exists():
         shutil.rmtree(out)
     folder.rename(out)
     print("What routing chose, mean over layers and images: " + ", ".join(f"{n} {w:.2f}" for n, w in chosen.items()))
-    for key in rows[0]:
-        if key != "file":
-            print(f"{key}: mean {np.mean([row[key] for row in rows]):.3f}, least {min(row[key] for row in rows):.3f}")
+    for key in list(max(rows, key=len))[1:]:
+        found = [row[key] for row in rows if key in row]
+        print(f"{key}: mean {np.mean(found):.3f}, least {min(found):.3f}" + f", {len(found)} files" * (len(found) < len(rows)))
     print(f"{len(sources)} of {len(pairs)} files in {time.perf_counter() - begin:.0f} s. Masks, overlays, images.csv: {out}")
     return int(len(sources) < len(pairs))
 
@@ -811,7 +821,7 @@ def open_folder(out: Path, settings: dict, overwrite: bool, proof: str = "result
     is_run = (out / proof).is_file()
     if out.exists() and not (overwrite and is_run):
         raise ValueError(f"{out} exists; " + ("say --overwrite or another --out" if is_run else
-                                              "it holds no run of this script; say another --out"))
+                                              f"it holds no {proof} and is not replaced; say another --out"))
     folder = out.with_name(out.name + ".unfinished")
     file = folder / "settings.json"
     if folder.exists() and not file.is_file():
@@ -859,6 +869,9 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("train.py: interrupted; the same command goes on", file=sys.stderr)
+        return 130
 
 
 def train(args: argparse.Namespace, out: Path) -> int:
