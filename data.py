@@ -648,27 +648,6 @@ def read_mask(path: Path, mask_values: list[int] | None = None, nearest: bool = 
 def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
     """A NIfTI volume as float32 (slice, row, column), from feet to head, front to back and the patient's right to
     left, however the file stores it; and the size of its voxels in mm, in that order."""
-    values, file, to_ours = _open_volume(path)
-    import nibabel
-    size = nibabel.affines.voxel_sizes(file.affine)
-    return (np.ascontiguousarray(nibabel.orientations.apply_orientation(values, to_ours)),
-            tuple(float(size[to_ours[:, 0] == axis][0]) for axis in range(3)))
-
-
-def write_volume(path: Path, mask: np.ndarray, like: Path) -> None:
-    """A mask (slice, row, column) as `read_volume` orders it, into a NIfTI file with the axes and affine of `like`."""
-    _, file, _ = _open_volume(like)
-    import nibabel
-    to_own = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("SPL"),
-                                                 nibabel.io_orientation(file.affine))
-    header = file.header.copy()
-    header.set_data_dtype(np.uint8)
-    header["cal_min"] = header["cal_max"] = 0  # the grey window of the volume would hide a mask
-    nibabel.save(type(file)(nibabel.orientations.apply_orientation(mask.astype(np.uint8), to_own), file.affine, header), path)
-
-
-def _open_volume(path: Path):
-    """The values as stored, the file, and how its axes are reordered to (slice, row, column)."""
     try:
         import nibabel
     except ImportError:
@@ -683,10 +662,26 @@ def _open_volume(path: Path):
         raise ValueError(f"{path}: a volume of three dimensions is expected, found {by(values.shape)}")
     if not np.isfinite(values).all():
         raise ValueError(f"{path}: holds values that are not finite")
-    own, ours = nibabel.orientations.io_orientation(file.affine), nibabel.orientations.axcodes2ornt("SPL")
+    own = nibabel.io_orientation(file.affine)
     if np.isnan(own).any():
         raise ValueError(f"{path}: its affine matrix has no direction for some axis")
-    return values, file, nibabel.orientations.ornt_transform(own, ours)
+    to_ours = nibabel.orientations.ornt_transform(own, nibabel.orientations.axcodes2ornt("SPL"))
+    size = nibabel.affines.voxel_sizes(file.affine)
+    return (np.ascontiguousarray(nibabel.orientations.apply_orientation(values, to_ours)),
+            tuple(float(size[to_ours[:, 0] == axis][0]) for axis in range(3)))
+
+
+def write_volume(path: Path, mask: np.ndarray, like: Path) -> None:
+    """A mask (slice, row, column) as `read_volume` orders it, into a NIfTI file with the axes and affine of `like`,
+    a volume that was read before."""
+    import nibabel
+    file = nibabel.load(like)  # the header alone
+    to_own = nibabel.orientations.ornt_transform(nibabel.orientations.axcodes2ornt("SPL"),
+                                                 nibabel.io_orientation(file.affine))
+    header = file.header.copy()
+    header.set_data_dtype(np.uint8)
+    header["cal_min"] = header["cal_max"] = 0  # the grey window of the volume would hide a mask
+    nibabel.save(type(file)(nibabel.orientations.apply_orientation(mask.astype(np.uint8), to_own), file.affine, header), path)
 
 
 def read_pixels(path: Path) -> np.ndarray:
@@ -694,9 +689,13 @@ def read_pixels(path: Path) -> np.ndarray:
     return read_volume(path)[0][..., None] if is_volume(path) else read_image(path)[None]
 
 
-def read_truth(path: Path, mask_values: list[int] | None, nearest: bool) -> np.ndarray:
-    """The mask of a volume or an image as classes (n, H, W)."""
-    return (read_volume(path)[0] > 0).astype(np.int32) if is_volume(path) else read_mask(path, mask_values, nearest)[None]
+def read_truth(path: Path, mask_values: list[int] | None, kind: str, shape: tuple[int, ...], classes: int) -> np.ndarray:
+    """The mask of a file of this shape (n, H, W), as its classes. Raises ValueError where it is another one."""
+    mask = (read_volume(path)[0] > 0).astype(np.int32) if is_volume(path) else read_mask(path, mask_values, kind == "fundus")[None]
+    if mask.shape != shape or mask.max() >= classes:
+        raise ValueError(f"mask {path}: {by(mask.shape)} with classes up to {mask.max()}, expected {by(shape)} "
+                         f"up to {classes - 1}; mind --mask-values")
+    return mask
 
 
 def network_input(path: Path, pixels: np.ndarray, size: int, channels: int, kind: str) -> np.ndarray:

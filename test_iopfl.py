@@ -522,7 +522,7 @@ def test_batchnorm_is_mixed_by_normalised_weights():
     routed = router.build_routed(models, settings, seeded())
     x = torch.randn(3, 2, 5, 5, generator=seeded(), dtype=torch.float64)
     y = routed(x)
-    for n, weights in enumerate(routed.trace.layers["network.0" if "network.0" in routed.trace.layers else "0"]):
+    for n, weights in enumerate(routed.trace.layers["0"]):
         kernel, bias = (sum(w * getattr(m[0], name) for w, m in zip(weights, models)) for name in ("weight", "bias"))
         mean, var, gain, shift = (sum(w / weights.sum() * getattr(m[1], name) for w, m in zip(weights, models))
                                   for name in ("running_mean", "running_var", "weight", "bias"))

@@ -252,17 +252,15 @@ class Task:
         return f"seed {self.seed}, outside: {self.hold_out or 'none'}, {' '.join([*self.inside, *self.outside])}"
 
 
-def plan(args: argparse.Namespace, hold_outs: list[str | None], folder: Path) -> list[Task]:
+def plan(seeds: list[int], hold_outs: list[str | None], inside: dict[str, Method], outside: dict[str, Outside | None],
+         folder: Path) -> list[Task]:
     """All tasks: one for each seed, hospital held out and way of training the shared model."""
-    tasks = []
-    for seed in args.seeds:
-        for hold_out in hold_outs:
-            inside, outside = chosen_methods(args, hold_out)
-            for training in dict.fromkeys(method.shared_training for method in inside.values()):
-                group = {name: method for name, method in inside.items() if method.shared_training == training}
-                tasks.append(Task(seed, hold_out, group, outside if "iopfl" in group else {},
-                                  folder / f"seed{seed}-{hold_out or 'all-inside'}"))
-    return tasks
+    groups: dict[tuple, dict[str, Method]] = {}
+    for name, method in inside.items():
+        groups.setdefault(method.shared_training, {})[name] = method
+    return [Task(seed, hold_out, group, outside if "iopfl" in group else {},
+                 folder / f"seed{seed}-{hold_out or 'all-inside'}")
+            for seed in seeds for hold_out in hold_outs for group in groups.values()]
 
 
 def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None) -> dict:
@@ -353,8 +351,7 @@ def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: 
             save(task.folder / "adapted.pt", routed.state_dict())
             layers, weights = router.mean_routing(routed, split.images)
             routing = {"outside": site.name, "experts": list(experts), "weights": weights.tolist()}
-            draw_heat_map(routing["weights"], [layer.removeprefix("network.") for layer in layers], list(experts),
-                          task.folder / "routing.png")
+            draw_heat_map(routing["weights"], layers, list(experts), task.folder / "routing.png")
     if {"global", "routing"} <= predictions.keys():
         draw_outside(split, predictions, structures, task.folder / "outside.png")
     return routing
@@ -613,15 +610,16 @@ def draw_curves(curves: dict[str, list[float]], path: Path) -> None:
 
 # ---------------------------------------------------------------- a look at the images
 def origin(loaded: data.DataSet) -> str:
-    kinds = {"images": "images", "fundus": "fundus photographs with disc and cup", "volumes": "prostate volumes"}
-    return f"{len(loaded.sites)} sites, {kinds.get(loaded.kind, 'simulated images')}"
+    kinds = {"simulated": "simulated images", "fundus": "fundus photographs with disc and cup", "volumes": "prostate volumes"}
+    return f"{len(loaded.sites)} sites, {kinds.get(loaded.kind, loaded.kind)}"
 
 
 def show(args: argparse.Namespace, out: Path) -> int:
     """What is there: sites, cases, sizes, spacings, shares of the classes, and a gallery."""
     loaded = load_sites(args, args.seeds[0])
     print(f"{origin(loaded)}; {loaded.channels} channels, classes 0 to {loaded.classes - 1}")
-    print(f"{'':19}{'cases':>19}\n{'site':19}{'train':>7}{'val':>6}{'test':>6}{'images':>8}  {'size as read':26}{'resized voxel, ' + loaded.unit if loaded.unit == 'mm' else 'resized pixel':26}"
+    element = "resized voxel, mm" if loaded.unit == "mm" else "resized pixel"
+    print(f"{'':19}{'cases':>19}\n{'site':19}{'train':>7}{'val':>6}{'test':>6}{'images':>8}  {'size as read':26}{element:26}"
           + "".join(f"{f'class {c}, %':>12}" for c in range(loaded.classes)))
 
     def span(values: list) -> str:
@@ -664,12 +662,13 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
         known = {"adapted": False, **{key: results["config"][key] for key in ("size", "width", "depth")}, **results["data"],
                  "routing": routing, "seed": int(path.name[4:].split("-")[0]),
                  "experts": [*sorted(file.stem.removeprefix("personal-") for file in path.glob("personal-*.pt")), "global"]}
-    models = [UNet(known["channels"], known["classes"], known["width"], known["depth"]) for _ in known["experts"]]
-    if not known["adapted"]:
+    model = UNet(known["channels"], known["classes"], known["width"], known["depth"])
+    model = model.to(device, memory_format=torch.channels_last)
+    if known["adapted"]:
+        models = [model] * len(known["experts"])  # adapted.pt holds their weights
+    else:
         files = [*(f"personal-{name}.pt" for name in known["experts"][:-1]), "global.pt"]
-        for file, model in zip(files, models):
-            model.load_state_dict(torch.load(path / file, weights_only=True))
-    models = [model.to(device, memory_format=torch.channels_last).eval() for model in models]
+        models = [iopfl.with_state(model, torch.load(path / file, weights_only=True)) for file in files]
     routed = router.build_routed(models, RoutingSettings(**known["routing"]), torch.Generator().manual_seed(known["seed"]))
     if known["adapted"]:
         routed.load_state_dict(torch.load(path / "adapted.pt", weights_only=True))
@@ -709,10 +708,8 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
             print(f"left out: {error}", file=sys.stderr)
             continue
         try:
-            truth = data.read_truth(mask_file, values, known["kind"] == "fundus") if mask_file else np.zeros(pixels.shape[:3])
-            if truth.shape != pixels.shape[:3] or truth.max() >= known["classes"]:
-                raise ValueError(f"mask {mask_file}: {data.by(truth.shape)} with classes up to {truth.max()}, expected "
-                                 f"{data.by(pixels.shape[:3])} up to {known['classes'] - 1}; mind --mask-values")
+            if mask_file:  # now, not after an hour
+                data.read_truth(mask_file, values, known["kind"], pixels.shape[:3], known["classes"])
         except (ValueError, OSError) as error:
             print(f"not scored: {error}", file=sys.stderr)
             mask_file = None
@@ -736,10 +733,9 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
     images = itertools.chain([next(images)], images)  # the first comes after all passes
     rows = []
     for file, mask_file, count in progress(sources, "predicting"):
-        truth = data.read_truth(mask_file, values, known["kind"] == "fundus") if mask_file else None
-        rows.append(write_masks(file, [next(images) for _ in range(count)], truth, known["structures"], folder))
+        rows.append(write_masks(file, mask_file, [next(images) for _ in range(count)], values, known, folder))
     layers, weights = router.mean_routing(routed, stored)
-    draw_heat_map(weights.tolist(), [layer.removeprefix("network.") for layer in layers], known["experts"], folder / "routing.png")
+    draw_heat_map(weights.tolist(), layers, known["experts"], folder / "routing.png")
     save(folder / "adapted.pt", routed.state_dict())
     chosen = dict(zip(known["experts"], weights.mean(dim=0).tolist()))
     (folder / "adapted.json").write_text(json.dumps(
@@ -749,9 +745,7 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
         writer = csv.DictWriter(file, max(rows, key=len))  # without a mask a row has no Dice
         writer.writeheader()
         writer.writerows(rows)
-    if out.exists():
-        shutil.rmtree(out)
-    folder.rename(out)
+    close_folder(folder, out)
     print("What routing chose, mean over layers and images: " + ", ".join(f"{n} {w:.2f}" for n, w in chosen.items()))
     for key in list(max(rows, key=len))[1:]:
         found = [row[key] for row in rows if key in row]
@@ -779,8 +773,9 @@ def outside_images(routed: router.RoutedNetwork, stored: data.Stored, batches: I
         yield from zip(probabilities, agreement.cpu().numpy(), source)
 
 
-def write_masks(file: Path, images: list[tuple], truth: np.ndarray | None, structures: dict, folder: Path) -> dict:
-    """Mask and overlay of one file at its own size; returns its line of images.csv. truth: (n, H, W), if known."""
+def write_masks(file: Path, mask_file: Path | None, images: list[tuple], mask_values: list[int] | None, known: dict,
+                folder: Path) -> dict:
+    """Mask and overlay of one file at its own size; returns its line of images.csv, with Dice if there is a mask."""
     volume, name, pixels = data.is_volume(file), data.stem(file), data.read_pixels(file)
     shape = pixels.shape[1:3]
 
@@ -792,9 +787,10 @@ def write_masks(file: Path, images: list[tuple], truth: np.ndarray | None, struc
     mask = own_size([probabilities for probabilities, *_ in images])
     overlap, size = np.sum([agreement for _, agreement, _ in images], axis=0)
     row = {"file": file.name, "foreground": float((mask > 0).mean()), "confidence": float(overlap / max(size, 1e-6))}
-    if truth is not None:
+    if mask_file:
+        truth = data.read_truth(mask_file, mask_values, known["kind"], mask.shape, known["classes"])
         for when, prediction in (("before", own_size([source for *_, source in images])), ("after", mask)):
-            for structure, classes in structures.items():
+            for structure, classes in known["structures"].items():
                 row[f"Dice {structure} {when}"] = iopfl.dice(np.isin(prediction, classes), np.isin(truth, classes))
     if volume:
         data.write_volume(folder / "masks" / f"{name}.nii.gz", mask, file)
@@ -838,6 +834,13 @@ def open_folder(out: Path, settings: dict, overwrite: bool, proof: str = "result
     folder.mkdir(parents=True)
     file.write_text(json.dumps(settings))
     return folder
+
+
+def close_folder(folder: Path, out: Path) -> None:
+    """All is done: what `open_folder` gave takes the place of what lay in `out`."""
+    if out.exists():
+        shutil.rmtree(out)
+    folder.rename(out)
 
 
 def run_all(args: argparse.Namespace, tasks: list[Task], loaded: data.DataSet) -> Iterator[tuple[Task, dict]]:
@@ -888,7 +891,7 @@ def train(args: argparse.Namespace, out: Path) -> int:
     folder = open_folder(out, json.loads(json.dumps(settings)), args.overwrite)
     print(origin(loaded))
     draw_hospitals(loaded.sites, folder / "hospitals.png")
-    tasks = plan(args, chosen, folder)
+    tasks = plan(args.seeds, chosen, inside, outside, folder)
     if args.jobs is None:
         args.jobs = 1 if args.device == "cuda" else min(len(tasks), torch.get_num_threads())
     results, kept = {}, sum(task.result.exists() for task in tasks)
@@ -909,9 +912,10 @@ def train(args: argparse.Namespace, out: Path) -> int:
                    "threads": torch.get_num_threads(), "jobs": args.jobs,
                    "peak_memory_mib": round(peak / (1024 if sys.platform != "darwin" else 1024**2))}
     (folder / "results.json").write_text(json.dumps(
-        {"config": settings, 
+        {"config": settings,
          "data": {"channels": loaded.channels, "classes": loaded.classes, "structures": loaded.structures,
-                  "kind": loaded.kind, "mask_values": loaded.mask_values}, "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
+                  "kind": loaded.kind, "mask_values": loaded.mask_values},
+         "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
          "rows": rows}, indent=1))
     routings = [result["routing"] for result in results if result["routing"]]
     if routings:
@@ -919,9 +923,7 @@ def train(args: argparse.Namespace, out: Path) -> int:
     dice_by_pass = curves(rows, "dice")
     if dice_by_pass:
         draw_curves(dice_by_pass, folder / "curves.png")
-    if out.exists():
-        shutil.rmtree(out)
-    folder.rename(out)
+    close_folder(folder, out)
     print(tables(rows, loaded.unit))
     print(f"\n{seconds['total']:.0f} s, peak memory {environment['peak_memory_mib']} MiB a process. "
           f"Models, pictures and results.json: {out}")
