@@ -30,36 +30,50 @@ class Gathered:
 
 
 class Stored(Gathered):
-    """Images that lie in a temporary file: however many there are, only those asked for are in memory."""
+    """Images (or masks) that lie in a temporary file: however many there are, only those asked for are in memory.
 
-    def __init__(self, shape: tuple[int, ...], device: str, folder: Path | None = None):
-        self.shape, self.device, self.count = shape, device, 0
+    shape: of one, (C, H, W) or (H, W).
+    """
+
+    def __init__(self, shape: tuple[int, ...], device: str, folder: Path | None = None, dtype: type = np.float32):
+        self.shape, self.device, self.dtype, self.count = shape, device, np.dtype(dtype), 0
         self.file = tempfile.TemporaryFile(dir=folder)
 
     def append(self, images: np.ndarray) -> None:
-        """Add (n, C, H, W)."""
-        self.file.write(np.ascontiguousarray(images, dtype=np.float32))
+        """Add (n, *shape)."""
+        self.file.write(np.ascontiguousarray(images, dtype=self.dtype))
         self.count += len(images)
 
     def __len__(self) -> int:
         return self.count
 
     def __getitem__(self, chosen) -> Tensor:
-        numbers = torch.arange(self.count, device=self.device)[chosen].tolist()
-        size = 4 * int(np.prod(self.shape))  # bytes of an image
+        numbers = torch.arange(self.count, device=self.device)[chosen]
+        size = self.dtype.itemsize * int(np.prod(self.shape))  # bytes of an image
         self.file.flush()
-        rows = [os.pread(self.file.fileno(), size, size * number) for number in numbers]
-        images = np.frombuffer(b"".join(rows), dtype=np.float32).reshape(-1, *self.shape)
-        return torch.from_numpy(images.copy()).to(self.device, memory_format=torch.channels_last)
+        rows = [os.pread(self.file.fileno(), size, size * number) for number in numbers.flatten().tolist()]
+        images = np.frombuffer(bytearray().join(rows), dtype=self.dtype).reshape(*numbers.shape, *self.shape)
+        return _in_order(torch.from_numpy(images).to(self.device))
+
+    def to(self, device: str, **_) -> "Stored":
+        """Where images go when they are asked for."""
+        self.device = device
+        return self
+
+
+def _in_order(images: Tensor) -> Tensor:
+    """Images (N, C, H, W) as convolutions like them: channels last; masks as they are."""
+    return images.contiguous(memory_format=torch.channels_last) if images.dim() == 4 else images
 
 
 class Picked(Gathered):
-    """Images (N, 3, H, W) float32, each a slice of a volume between its neighbours, or masks (N, H, W) uint8.
+    """Some of many images or masks: those of `index` (N,); or images (N, 3, H, W) float32, each a slice of a volume
+    between its neighbours, `index` (N, 3).
 
-    slices: (S, H, W) float16 or uint8, each kept once, whatever is picked of them; index: (N, 3) or (N,).
+    slices: what is picked from, a tensor (S, H, W) float16 or uint8, or `Stored`; there is only one of it.
     """
 
-    def __init__(self, slices: Tensor, index: Tensor):
+    def __init__(self, slices: "Tensor | Stored", index: Tensor):
         self.slices, self.index, self.device = slices, index, slices.device
 
     def __len__(self) -> int:
@@ -67,8 +81,7 @@ class Picked(Gathered):
 
     def __getitem__(self, chosen) -> Tensor:
         found = self.slices[self.index[chosen]]
-        found = found.float() if found.is_floating_point() else found
-        return found.contiguous(memory_format=torch.channels_last) if found.dim() == 4 else found
+        return _in_order(found.float() if found.is_floating_point() else found)
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
@@ -92,15 +105,14 @@ class Split:
 
     def part(self, chosen: np.ndarray) -> "Split":
         """The images of these numbers."""
-        cases = [self.cases[i] for i in chosen]
-        if isinstance(self.images, Picked):
-            index = torch.as_tensor(chosen, device=self.masks.device)
-            return Split(Picked(self.images.slices, self.images.index[index]), Picked(self.masks, index), cases)
-        return Split(self.images[chosen], self.masks[chosen], cases)
+        images, masks = (Picked(of.slices, of.index[chosen]) if isinstance(of, Picked) else of[chosen]
+                         for of in (self.images, self.masks))
+        return Split(images, masks, [self.cases[i] for i in chosen])
 
     def shown(self, number: int) -> Tensor:
         """One image as pictures show it: of a stack the labelled slice."""
-        return self.images[number][1:2] if isinstance(self.images, Picked) else self.images[number]
+        stack = isinstance(self.images, Picked) and self.images.index.dim() == 2
+        return self.images[number][1:2] if stack else self.images[number]
 
 
 @dataclass
@@ -227,13 +239,16 @@ def hospital_table(task: str, sites: int = 6) -> dict:
     return table
 
 
-def simulate_sites(task: str, seed: int, size: int = 96, images_per_site: int = 60, sites: int = 6) -> DataSet:
+def simulate_sites(task: str, seed: int, size: int = 96, images_per_site: int = 60, sites: int = 6,
+                   folder: Path | None = None) -> DataSet:
     """Simulated hospitals; the same arguments give the same bytes, whatever other hospitals exist.
 
     task: "prostate" (1 channel; prostate = 1) or "fundus" (RGB; rim = 1, cup = 2).
     size: height and width in pixels; the field of view stays the same.
+    folder: where images and masks lie in temporary files, to be read when asked for; None: in memory.
     """
     draw = {"prostate": _prostate, "fundus": _fundus}[task]
+    on_disk = folder and (Stored((CHANNELS[task], size, size), "cpu", folder), Stored((size, size), "cpu", folder, np.uint8))
     result = []
     for name, hospital in hospital_table(task, sites).items():
         rng = _generator(seed, task, name)
@@ -242,6 +257,12 @@ def simulate_sites(task: str, seed: int, size: int = 96, images_per_site: int = 
         cases = [f"{name}-{number:03d}" for number in range(images_per_site)]
         result.append(make_site(name, [normalise(image) for image in images], masks, cases,
                                 split_indices(images_per_site), spacing))
+        if folder:
+            everything, count = result[-1].everything, len(on_disk[0])
+            index = torch.arange(count, count + images_per_site)
+            for stored, values in zip(on_disk, (everything.images, everything.masks)):
+                stored.append(values.numpy())
+            result[-1].everything = Split(*(Picked(stored, index) for stored in on_disk), cases)
     return DataSet(result, CHANNELS[task], STRUCTURES[task], "mm" if task == "prostate" else "px", "simulated")
 
 
@@ -597,7 +618,7 @@ def _volume_site(name: str, pairs: list, parts: list[np.ndarray], size: int, ski
     masks = np.concatenate(masks)  # one after the other, so that the lists go
     slices = np.concatenate(slices)
     everything = Split(Picked(torch.from_numpy(slices), torch.from_numpy(np.concatenate(index))),
-                       torch.from_numpy(masks), cases)
+                       Picked(torch.from_numpy(masks), torch.arange(len(masks))), cases)
     chosen = [np.concatenate([of_case[case] for case in part]) for part in parts]
     if skip_empty:
         chosen[0] = chosen[0][(everything.masks[chosen[0]] > 0).flatten(1).any(dim=1).numpy()]

@@ -5,12 +5,13 @@ The numbers M1 … M9 are those of README.md.
 """
 
 import copy
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 State = dict[str, Tensor]
@@ -23,6 +24,7 @@ def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tens
     logits: (N, C, H, W); target: (N, H, W) class indices of any integer type. Returns a scalar in [0, 1].
     Source: published code.
     """
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # within torch.autocast they are bfloat16
     probabilities = logits.softmax(dim=1)
     truth = nn.functional.one_hot(target.long(), logits.shape[1]).permute(0, 3, 1, 2)
     overlap = (probabilities * truth).sum(dim=(0, 2, 3))
@@ -174,23 +176,60 @@ class Round:
     """What is known after a round.
 
     global_state: g^t, without the entries that stay with the clients; own: by method and client name the
-    client's own model, whole, for IOP-FL p_k^t; losses: mean training loss of the shared model by client.
+    client's own model, whole, for IOP-FL p_k^t; who was never present has none; losses: mean training loss of the
+    shared model by client. Of several processes each knows own models and losses of the clients that it trains.
     """
 
     number: int
     global_state: State
-    own: dict[str, dict[str, State]]
+    own: dict[str, Mapping[str, State]]
     losses: dict[str, float]
 
 
+def processes() -> tuple[int, int]:
+    """The number of this process and how many there are, as torch.distributed knows them; else 0 and 1."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_available() and dist.is_initialized() else (0, 1)
+
+
+def share_out(work: dict[str, int], count: int) -> dict[str, int]:
+    """The process, of `count`, for each name: the most work first, each to who has the least so far."""
+    loads, owner = [0] * count, {}
+    for name in sorted(work, key=work.get, reverse=True):
+        owner[name] = loads.index(min(loads))
+        loads[owner[name]] += work[name]
+    return owner
+
+
+def exchange(own: Iterable[tuple[str, State]], owner: dict[str, int], like: State) -> Iterator[State]:
+    """The states of the clients in the order of `owner`, which says whose process has it; own: those of this one.
+
+    Each is sent to all, not their weighted sums added by an all-reduce: so the mean is taken in the same order, bit
+    for bit, by any number of processes, and all of them name the same client where an update is wrong.
+    """
+    rank, count = processes()
+    if count == 1:
+        yield from (state for _, state in own)
+        return
+    trained = dict(own)
+    for name, source in owner.items():
+        state = trained.pop(name) if source == rank else {entry: torch.empty_like(value) for entry, value in like.items()}
+        for value in state.values():
+            dist.broadcast(value, source)
+        yield state
+
+
 def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Method] | None = None, *,
-             seed: int = 0, epochs: int = 1, batch_size: int = 5, lr: float = 1e-3) -> Iterator[Round]:
+             seed: int = 0, epochs: int = 1, batch_size: int = 5, lr: float = 1e-3, participation: float = 1.0,
+             keep: Callable[[], MutableMapping[str, State]] = dict) -> Iterator[Round]:
     """Federated averaging (M1) with the own models of one or more methods; yields a `Round` after each round.
 
     model: its weights are the start g^0; afterwards it holds some client's weights, so use the states.
     clients: name → training data with `images` (N, C, H, W) and `masks` (N, H, W) on the model's device.
     methods: name → Method, by default FedAvg and IOP-FL; they ride on one federation without touching it, so
     they must agree in `shared_training`, else ValueError.
+    participation: share of the clients, drawn anew each round, at least one; the others' own models stay as they are.
+    keep: makes the mappings in which own models lie between rounds, such as one that keeps them on disk.
+    Where torch.distributed is initialised, each process trains its share of the clients and keeps their own models.
     Each client's order of images comes from a generator of (seed, its position), so the same arguments
     on the same machine give the same states. No state yielded is changed later.
     """
@@ -198,6 +237,8 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
     shared, *others = methods.values()
     if any(other.shared_training != shared.shared_training for other in others):
         raise ValueError(f"federate: {', '.join(methods)} do not share one training; run them apart")
+    if not 0 < participation <= 1:
+        raise ValueError(f"federate: participation must lie in (0, 1], got {participation}")
     training = clients
     if shared.pooled:
         training = {"pooled": SimpleNamespace(images=torch.cat([client.images for client in clients.values()]),
@@ -205,12 +246,19 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
     initial, stays = snapshot(model), staying_entries(model, shared.stays)
     global_state = {entry: value for entry, value in initial.items() if entry not in stays}
     stayed = {name: {entry: initial[entry] for entry in stays} for name in training}
-    own: dict[str, dict[str, State]] = {method: {} for method in methods}
+    own = {method: keep() for method in methods}
     generators = {(model_of, name): torch.Generator().manual_seed(1000 * seed + position)
                   for model_of in ("all", *methods) for position, name in enumerate(training)}
-    sizes = [len(client.images) for client in training.values()]
+    draws = torch.Generator().manual_seed(seed)
+    sizes = {name: len(client.images) for name, client in training.items()}
+    rank, count = processes()
+    trainer = {"pooled": 0} | share_out({name: len(client.images) for name, client in clients.items()}, count)
+    names = [*training]  # of the clients present
     for number in range(1, rounds + 1):
         losses = {}
+        if participation < 1:
+            drawn = torch.randperm(len(training), generator=draws)[:max(1, round(participation * len(training)))]
+            names = [[*training][position] for position in drawn.sort().values]
 
         def train(state: State, name: str, model_of: str, **options) -> tuple[State, float]:
             model.load_state_dict(state)
@@ -218,8 +266,10 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
                                batch_size=batch_size, generator=generators[model_of, name], **options)
             return snapshot(model), loss
 
-        def local_states(start: State = global_state, losses: dict = losses) -> Iterator[State]:
-            for name in training:
+        def local_states(start: State = global_state, losses: dict = losses) -> Iterator[tuple[str, State]]:
+            for name in names:
+                if trainer[name] != rank:
+                    continue
                 local, losses[name] = train({**start, **stayed[name]}, name, "all", proximal=shared.proximal)  # w_k^t
                 stayed[name] = {entry: local[entry] for entry in stays}
                 for label, method in methods.items():
@@ -228,15 +278,18 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
                     elif method.own == "apart":
                         own[label][name], _ = train(own[label].get(name, initial), name, label,
                                                     proximal=method.own_proximal, anchor=start)
-                yield {entry: local[entry] for entry in start}
+                yield name, {entry: local[entry] for entry in start}
 
-        global_state = aggregate(local_states(), sizes)  # g^t
+        states = exchange(local_states(), {name: trainer[name] for name in names}, global_state)
+        global_state = aggregate(states, [sizes[name] for name in names])  # g^t
         for label, method in methods.items():
             if method.own == "shared":
-                whole = {name: {**global_state, **stayed.get(name, {})} for name in clients}
-                own[label] = {name: update_personal(own[label].get(name), state, method.alpha)
-                              for name, state in whole.items()} if method.alpha else whole
-        yield Round(number, global_state, {label: dict(states) for label, states in own.items()}, losses)
+                whole = {name: {**global_state, **stayed.get(name, {})} for name in clients if trainer[name] == rank}
+                if method.alpha:
+                    whole = {**own[label], **{name: update_personal(own[label].get(name), state, method.alpha)
+                                              for name, state in whole.items() if name in names or shared.pooled}}
+                own[label] = whole
+        yield Round(number, global_state, {label: copy.copy(states) for label, states in own.items()}, losses)
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:

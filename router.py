@@ -61,6 +61,16 @@ AUTHORS = RoutingSettings(activation="sigmoid", start="random", mix_batchnorm=Fa
                           entropy=25.0, consistency=0.1, shape=0.004, lr=1e-3, passes=10, leash=None)
 
 
+def wide(x: Tensor) -> Tensor:
+    """At least float32, for sums over many values: within torch.autocast x may be bfloat16."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def sharp(x: Tensor) -> torch.autocast:
+    """Within this context nothing is rounded to bfloat16: for what is small and decides about much."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 # ---------------------------------------------------------------- the routed network (M4, M5)
 @dataclass
 class Trace:
@@ -93,14 +103,17 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, H, W) → routing weights (N, M)."""
-        hidden = self.fc1(x.mean(dim=(2, 3)))  # (N, 2C)
-        if not self.per_sample:
-            hidden = torch.zeros_like(hidden)
-        if self.training and self.dropout:
-            kept = torch.rand(hidden.shape, generator=self.generator, device=hidden.device) >= self.dropout
-            hidden = hidden * kept / (1 - self.dropout)
-        scores = self.fc2(hidden)  # (N, M)
-        return scores.softmax(dim=1) if self.activation == "softmax" else scores.sigmoid()
+        with sharp(x):
+            # The sum divided by H·W is the mean; its gradient needs no division of the size of x.
+            pooled = x.sum(dim=(2, 3), dtype=self.fc1.weight.dtype) / (x.shape[2] * x.shape[3])
+            hidden = self.fc1(pooled)  # (N, 2C)
+            if not self.per_sample:
+                hidden = torch.zeros_like(hidden)
+            if self.training and self.dropout:
+                kept = torch.rand(hidden.shape, generator=self.generator, device=hidden.device) >= self.dropout
+                hidden = hidden * kept / (1 - self.dropout)
+            scores = self.fc2(hidden)  # (N, M)
+            return scores.softmax(dim=1) if self.activation == "softmax" else scores.sigmoid()
 
     @torch.no_grad()
     def start_at(self, weights: Tensor) -> None:
@@ -177,15 +190,21 @@ class RoutedBatchNorm2d(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the same shape."""
+        with sharp(x):
+            scale, shift = (value.to(x.dtype).expand(len(x), -1)[:, :, None, None] for value in self.scale_and_shift(x))
+        return x * scale + shift
+
+    def scale_and_shift(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """What x is multiplied by and what is then added, each (N or 1, C)."""
         fixed = self.trace.fixed is not None
         if (self.settings.mix_batchnorm or fixed) and self.trace.latest is not None:
             routing = self.trace.latest / self.trace.latest.sum(dim=1, keepdim=True)  # (N, M)
         else:
-            routing = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts).to(x)  # (1, M)
+            routing = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts).to(wide(x[:0]))  # (1, M)
         mean = variance = share = 0.0
         if self.running_mean is None or self.settings.statistics == "batch" and not fixed:
             share = 1.0 if self.running_mean is None else self.settings.share
-            mean, variance = x.mean(dim=(0, 2, 3)), x.var(dim=(0, 2, 3), correction=0)  # (C,)
+            mean, variance = wide(x).mean(dim=(0, 2, 3)), wide(x).var(dim=(0, 2, 3), correction=0)  # (C,)
         elif self.settings.statistics == "site" and not fixed:
             share = self.site_share
             mean, variance = self.site_mean, (self.site_square - self.site_mean.square()).clamp_min(0)
@@ -198,8 +217,7 @@ class RoutedBatchNorm2d(nn.Module):
             # An expert as it was trained knows nothing of adaptation.
             gain, more = (routing @ self.weight, 0.0) if fixed else (routing @ self.weight + self.delta_weight, self.delta_bias)
             scale, shift = scale * gain, shift * gain + routing @ self.bias + more
-        scale, shift = (v.expand(len(x), -1)[:, :, None, None] for v in (scale, shift))
-        return x * scale + shift
+        return scale, shift
 
 
 class RoutedNetwork(nn.Module):
@@ -221,6 +239,10 @@ class RoutedNetwork(nn.Module):
         y = self.network(x)
         self.trace.latest = None  # it holds the graph of this pass
         return y
+
+    def probabilities(self, x: Tensor) -> Tensor:
+        """Images (N, C_in, H, W) → probabilities (N, C, H, W)."""
+        return wide(self(x)).softmax(dim=1)
 
     def routers(self) -> list[Router]:
         return [module for module in self.modules() if isinstance(module, Router)]
@@ -355,14 +377,14 @@ def adaptation_loss(routed: RoutedNetwork, images: Tensor, generator: torch.Gene
     """L = λ_ent L_ent + λ_con L_con + λ_shape L_shape of a batch (N, C_in, H, W), and its probabilities
     (N, C, H, W); noise and views are drawn."""
     settings = routed.settings
-    probabilities = routed(images).softmax(dim=1)
+    probabilities = routed.probabilities(images)
     loss = probabilities.new_zeros(())
     if settings.entropy:
         loss = loss + settings.entropy * entropy_loss(probabilities)
     if settings.consistency:
         views = draw_views(images, generator)
         noise = settings.noise * torch.randn(images.shape, generator=generator, device=images.device)
-        of_view = routed(view(images + noise, views)).softmax(dim=1)
+        of_view = routed.probabilities(view(images + noise, views))
         loss = loss + settings.consistency * consistency_loss(probabilities, of_view, views)
     if settings.shape:
         radius = max(1, round(settings.radius * min(images.shape[-2:])))
@@ -387,6 +409,7 @@ def measure_site(routed: RoutedNetwork, images: Tensor) -> None:
     """Let every BatchNorm count the images (N, C_in, H, W) into the site's statistics. All go through in one batch,
     since each layer's inputs depend on the statistics of the layers before."""
     def count(norm: RoutedBatchNorm2d, x: Tensor) -> None:
+        x = wide(x)
         norm.site_images += len(x)
         part = (len(x) / norm.site_images).to(x.dtype)
         norm.site_mean.lerp_(x.mean(dim=(0, 2, 3)), part)
@@ -480,7 +503,7 @@ def step(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> N
     routed.optimiser.step()
     if routed.settings.leash is not None:
         with torch.no_grad():
-            at_start = torch.func.functional_call(routed, routed.start, (images,)).softmax(dim=1)
+            at_start = wide(torch.func.functional_call(routed, routed.start, (images,))).softmax(dim=1)
             area, start_area = (p[:, 1:].mean(dim=(0, 2, 3)) for p in (probabilities, at_start))  # (C-1,)
             if ((area - start_area).abs() > routed.settings.leash * start_area).any():
                 for name, value in routed.named_parameters():
@@ -534,7 +557,7 @@ def adapt_batches(routed: RoutedNetwork, images: Tensor, *, generator: torch.Gen
 def predict(routed: RoutedNetwork, images: Tensor) -> Tensor:
     """Probabilities (N, C, H, W) of images (N, C_in, H, W), dropout off, in batches of `settings.batch_size`."""
     routed.eval()
-    return torch.cat([routed(batch).softmax(dim=1) for batch in images.split(routed.settings.batch_size)])
+    return torch.cat([routed.probabilities(batch) for batch in images.split(routed.settings.batch_size)])
 
 
 @torch.no_grad()

@@ -1,14 +1,22 @@
-"""The tests: `pytest`, without network, GPU or data. Slow, obvious versions of the method stand here as oracles."""
+"""The tests: `pytest`, without network, GPU or data. Slow, obvious versions of the method stand here as oracles.
 
+    python test_iopfl.py [--quick]    the benchmark: how long our versions take beside the obvious ones
+"""
+
+import argparse
 import copy
 import csv
 import dataclasses
 import gzip
 import json
 import math
+import os
 import re
 import shutil
+import statistics
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -380,6 +388,19 @@ CONVOLUTIONS = [
 ]
 
 
+def looped_convolution(layer: router.RoutedConv2d, conv: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A routed convolution by torch's own layer `conv`, sample by sample, without dropout; and the routing weights."""
+    outputs, routing = [], []
+    for sample in x:
+        scores = layer.router.fc2(layer.router.fc1(sample.mean(dim=(1, 2))))
+        weights = scores.softmax(0) if layer.router.activation == "softmax" else torch.sigmoid(scores)
+        parameters = {name: sum(w * value for w, value in zip(weights, getattr(layer, name)))
+                      for name, _ in conv.named_parameters()}
+        outputs.append(torch.func.functional_call(conv, parameters, (sample[None],)))
+        routing.append(weights)
+    return torch.cat(outputs), torch.stack(routing)
+
+
 @pytest.mark.parametrize("activation", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("kind, options", CONVOLUTIONS)
 def test_routed_convolution_equals_a_loop_over_samples(kind, options, activation):
@@ -392,19 +413,11 @@ def test_routed_convolution_equals_a_loop_over_samples(kind, options, activation
     x = torch.randn(5, 4, 7, 9, generator=seeded(1), dtype=torch.float64, requires_grad=True)
     fast = routed(x)
 
-    gate, outputs = layer.router, []
-    for sample in x:
-        pooled = sample.mean(dim=(1, 2))
-        scores = gate.fc2(gate.fc1(pooled))
-        weights = scores.softmax(0) if activation == "softmax" else torch.sigmoid(scores)
-        parameters = {name: sum(w * getattr(c, name).detach() for w, c in zip(weights, convs))
-                      for name, _ in convs[0].named_parameters()}
-        outputs.append(torch.func.functional_call(convs[0], parameters, (sample[None],)))
-    slow = torch.cat(outputs)
+    slow, _ = looped_convolution(layer, convs[0], x)
     assert torch.allclose(fast, slow, rtol=0, atol=1e-12)
 
     probe = torch.randn(fast.shape, generator=seeded(2), dtype=torch.float64)
-    wanted = [x, *gate.parameters()]
+    wanted = [x, *layer.router.parameters()]
     for a, b in zip(torch.autograd.grad((fast * probe).sum(), wanted), torch.autograd.grad((slow * probe).sum(), wanted)):
         assert torch.allclose(a, b, rtol=0, atol=1e-11) and a.abs().max() > 0
 
@@ -1139,7 +1152,7 @@ def test_volumes_load_as_stacks(tmp_path):
     assert loaded.channels == 3 and loaded.structures == {"prostate": (1,)}
     site = loaded.sites[1]
     split, slices = site.everything, site.everything.images.slices
-    assert slices.shape == (40, 16, 16) and slices.dtype == torch.float16 and split.masks.dtype == torch.uint8
+    assert slices.shape == (40, 16, 16) and slices.dtype == torch.float16 and split.masks[:].dtype == torch.uint8
     for case in range(8):
         volume = slices[5 * case:5 * case + 5].float()
         assert volume.mean().item() == pytest.approx(0, abs=2e-3) and volume.std().item() == pytest.approx(1, abs=2e-2)
@@ -1967,3 +1980,241 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+
+
+# ---------------------------------------------------------------- benchmark
+class Benchmark:
+    """Median milliseconds of our versions beside obvious ones, in one table for each question.
+
+    Numbers of one line, and of the lines that a ratio is taken of, are measured in turn, round by round.
+    """
+
+    def __init__(self, device: str, quick: bool):
+        self.device, self.repeats = device, 3 if quick else 7
+        self.width, self.depth, self.size, self.batch = (16, 3, 64, 5) if quick else (32, 4, 192, 8)
+
+    def milliseconds(self, *functions: Callable[[], object]) -> list[float]:
+        """The median of each; one round warms up."""
+        times: list[list[float]] = [[] for _ in functions]
+        for _ in range(self.repeats + 1):
+            for function, taken in zip(functions, times):
+                begin = time.perf_counter()
+                function()
+                if self.device == "cuda":
+                    torch.cuda.synchronize()
+                taken.append(1000 * (time.perf_counter() - begin))
+        return [statistics.median(taken[1:]) for taken in times]
+
+    def network(self, seed: int) -> nn.Module:
+        return UNet(1, 2, self.width, self.depth, seeded(seed)).to(self.device, memory_format=torch.channels_last).eval()
+
+    def images(self, count: int) -> torch.Tensor:
+        x = torch.randn(count, 1, self.size, self.size, generator=seeded())
+        return x.to(self.device, memory_format=torch.channels_last)
+
+    def run(self, picture: str | None) -> None:
+        for part in (self.layers, self.step, self.experts, self.rounds, self.aggregation, self.training):
+            print(f"\n{part.__doc__.splitlines()[0].format(**vars(self))}")
+            part(*[picture] if part == self.experts else [])
+
+    def layers(self) -> None:
+        """Routed convolutions, values and gradients: {batch} images of {size} × {size}, width {width}, 6 experts"""
+        shapes: dict = {}
+        plain = self.network(0)
+        for module in plain.modules():
+            if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):
+                module.register_forward_pre_hook(lambda m, inputs: shapes.update({m: inputs[0].shape}))
+        plain(self.images(self.batch))
+        totals = np.zeros(4)
+        print(f"{'input':22}{'layer':26}{'loop':>8}{'ours':>8}{'plain':>8}{'plain c.l.':>11}{'loop/ours':>11}{'ours/plain':>11}")
+        for conv, shape in shapes.items():
+            conv._forward_pre_hooks.clear()
+            routed = router.build_routed([conv] * 6)
+            contiguous = copy.deepcopy(conv).to(memory_format=torch.contiguous_format)
+            x = torch.randn(shape, generator=seeded()).to(self.device)
+
+            def both_ways(layer: Callable, memory_format: torch.memory_format = torch.contiguous_format) -> Callable:
+                own = x.contiguous(memory_format=memory_format).requires_grad_()
+
+                def call() -> None:
+                    y = layer(own)
+                    y.backward(torch.ones_like(y))
+                return call
+
+            took = self.milliseconds(both_ways(lambda z: looped_convolution(routed.network, conv, z)[0]), both_ways(routed),
+                                     both_ways(contiguous), both_ways(conv, torch.channels_last))
+            totals += took
+            kind = f"{'up ' if isinstance(conv, nn.ConvTranspose2d) else ''}{conv.in_channels} to {conv.out_channels}, {conv.kernel_size[0]} × {conv.kernel_size[1]}"
+            self.layer_line("×".join(map(str, shape)), kind, took)
+        self.layer_line("sum", "", totals)
+
+    @staticmethod
+    def layer_line(shape: str, kind: str, took) -> None:
+        loop, ours, plain, last = took
+        print(f"{shape:22}{kind:26}{loop:8.1f}{ours:8.1f}{plain:8.1f}{last:11.1f}{loop / ours:11.2f}{ours / plain:11.2f}")
+
+    def routed(self, experts: int, **changes) -> router.RoutedNetwork:
+        """Ready for a step; two networks serve as all experts, so that originals take no memory."""
+        settings = router.RoutingSettings(entropy=0.1, **changes)
+        routed = router.build_routed([self.network(k % 2) for k in range(2)] * (experts // 2), settings)
+        routed.start = routed.parameters_now()
+        routed.optimiser = torch.optim.Adam(routed.adaptable_parameters(), lr=settings.lr)
+        return routed
+
+    def our_step(self, routed, precision: torch.dtype | None = None) -> Callable:
+        images, generator = self.images(self.batch), torch.Generator(self.device).manual_seed(0)
+
+        def call() -> None:
+            with torch.autocast(self.device, precision, enabled=precision is not None):
+                router.step(routed, images, generator)
+        return call
+
+    def plain_step(self, precision: torch.dtype | None = None) -> Callable:
+        """The same objective on one network, all of whose weights move."""
+        network = self.network(0)
+        network.settings = router.RoutingSettings(entropy=0.1)
+        network.probabilities = lambda x: router.wide(network(x)).softmax(dim=1)
+        optimiser = torch.optim.Adam(network.parameters(), lr=1e-6)
+        images, generator = self.images(self.batch), torch.Generator(self.device).manual_seed(0)
+
+        def call() -> None:
+            with torch.autocast(self.device, precision, enabled=precision is not None):
+                loss, _ = router.adaptation_loss(network, images, generator)
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        return call
+
+    def obvious_step(self) -> Callable:
+        """Layers as loops over the samples; a pass each for entropy, view and shape, and one to predict."""
+        routed = self.routed(6)
+        plain = {name: module for name, module in self.network(0).named_modules()}
+        for layer in routed.modules():
+            if isinstance(layer, router.RoutedConv2d):
+                def looped(x, layer=layer):
+                    y, layer.trace.latest = looped_convolution(layer, plain[layer.name], x)
+                    return y
+                layer.forward = looped
+        images, generator = self.images(self.batch), torch.Generator(self.device).manual_seed(0)
+        settings = routed.settings
+
+        def call() -> None:
+            clean = routed(images).softmax(dim=1)
+            views = router.draw_views(images, generator)
+            noise = settings.noise * torch.randn(images.shape, generator=generator, device=self.device)
+            of_view = routed(router.view(images + noise, views)).softmax(dim=1)
+            again = routed(images).softmax(dim=1)
+            loss = (settings.entropy * router.entropy_loss(clean) + router.consistency_loss(again, of_view, views)
+                    + settings.shape * router.shape_constraint(again, max(1, round(settings.radius * self.size))))
+            routed.optimiser.zero_grad()
+            loss.backward()
+            routed.optimiser.step()
+            with torch.no_grad():
+                routed(images).softmax(dim=1)
+        return call
+
+    def step(self) -> None:
+        """A step of adaptation (M6 to M8): {batch} images of {size} × {size}, width {width}, depth {depth}, 6 experts"""
+        low = torch.bfloat16
+        rows = {"obvious": self.obvious_step(), "ours": self.our_step(self.routed(6, leash=None)),
+                "ours, with the leash": self.our_step(self.routed(6)),
+                "ours, bf16": self.our_step(self.routed(6, leash=None), low), "one plain U-Net": self.plain_step(),
+                "one plain U-Net, bf16": self.plain_step(low)}
+        took = dict(zip(rows, self.milliseconds(*rows.values())))
+        print(f"{'':24}{'ms':>9}{'obvious / it':>14}{'it / plain':>12}")
+        for name, value in took.items():
+            plain = took["one plain U-Net" + ", bf16" * ("bf16" in name)]
+            print(f"{name:24}{value:9.1f}{took['obvious'] / value:14.2f}{value / plain:12.2f}")
+
+    def experts(self, picture: str | None) -> None:
+        """A step of adaptation by the number of experts, without the leash"""
+        counts, took, memory = (2, 4, 8, 16, 32), [], []
+        plain = self.plain_step()
+        for count in counts:
+            routed = self.routed(count, leash=None)
+            weights = sum(b.numel() * b.element_size() for b in routed.buffers()) / 2**20
+            took.append(self.milliseconds(self.our_step(routed), plain))
+            memory.append((weights, self.peak_mib()))
+            del routed
+        print(f"{'experts':10}{'ms':>9}{'/ 2 experts':>13}{'ensemble / 2':>14}{'experts, MiB':>14}{'peak, MiB':>11}")
+        for count, (ours, _), (weights, peak) in zip(counts, took, memory):
+            print(f"{count:<10}{ours:9.1f}{ours / took[0][0]:13.2f}{count / 2:14.0f}{weights:14.0f}{peak:11.0f}")
+        if picture:
+            base = statistics.median(p for _, p in took)
+            train.draw_curves({"routing": [ours / base for ours, _ in took], "ensemble": [float(c) for c in counts]},
+                              Path(picture), "2 experts", "32")
+
+    def peak_mib(self) -> float:
+        """Most memory so far: of the process, or of the GPU since the last call."""
+        if self.device == "cpu":
+            return train.peak_memory()
+        peak = torch.cuda.max_memory_allocated() / 2**20
+        torch.cuda.reset_peak_memory_stats()
+        return peak
+
+    def rounds(self) -> None:
+        """A federated round of 6 clients with 10 images each, against their training alone"""
+        network = self.network(0)
+        clients = {}
+        for k in range(6):
+            x = self.images(10)
+            clients[f"client{k}"] = SimpleNamespace(images=x, masks=(x[:, 0] > 0.5).to(torch.uint8))
+
+        def bare() -> None:
+            for client in clients.values():
+                iopfl.train_local(network, client.images, client.masks, generator=seeded())
+
+        training, whole = self.milliseconds(bare, lambda: list(iopfl.federate(network, clients, 1)))
+        print(f"training {training:.0f} ms, round {whole:.0f} ms, ratio {whole / training:.3f}")
+
+    def aggregation(self) -> None:
+        """The mean of 100 clients"""
+        states = [iopfl.snapshot(self.network(k)) for k in range(4)]
+        size = sum(value.numel() * value.element_size() for value in states[0].values())
+        peak = self.peak_mib()
+        total = {entry: value.clone() for entry, value in states[0].items()}
+
+        def add_all() -> None:
+            for k in range(100):
+                for entry, value in states[k % 4].items():
+                    total[entry].add_(value)
+
+        ours, sums = self.milliseconds(lambda: iopfl.aggregate((states[k % 4] for k in range(100)), [1] * 100), add_all)
+        print(f"{ours:.0f} ms of a model of {size / 2**20:.0f} MiB; 100 sums in place {sums:.0f} ms "
+              f"({300 * size / sums / 1e6:.1f} GB/s), ratio {ours / sums:.2f}; peak memory "
+              f"+{max(0, self.peak_mib() - peak) * 2**20 / size:.1f} models")
+
+    def training(self) -> None:
+        """A training step of the plain U-Net, 5 images: fp32 against bf16"""
+        print(f"{'width, depth, size':22}{'fp32':>9}{'bf16':>9}{'ratio':>8}")
+        for width, depth, size in [(16, 3, 64), (16, 3, 96), (32, 4, 192)][:None if self.width == 32 else 2]:
+            self.width, self.depth, self.size, kept = width, depth, size, (self.width, self.depth, self.size)
+            x = self.images(5)
+            network, masks = self.network(0), (x[:, 0] > 0.5).to(torch.uint8)
+
+            def one(enabled: bool) -> None:
+                with torch.autocast(self.device, torch.bfloat16, enabled=enabled):
+                    iopfl.train_local(network, x, masks, generator=seeded())
+
+            full, half = self.milliseconds(lambda: one(False), lambda: one(True))
+            print(f"{f'{width}, {depth}, {size} × {size}':22}{full:9.1f}{half:9.1f}{full / half:8.2f}")
+            self.width, self.depth, self.size = kept
+
+
+def benchmark(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Time our versions against slow, obvious ones.")
+    parser.add_argument("--quick", action="store_true", help="small shapes, under a minute")
+    parser.add_argument("--default-memory", action="store_true", help="leave glibc's handling of memory as it is")
+    parser.add_argument("--picture", metavar="FILE", help="draw the growth with the number of experts")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    if not args.default_memory:
+        train.set_up()
+    for device in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
+        where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+        print(f"\n{where}, torch {torch.__version__}; medians in milliseconds, c.l. = channels last")
+        Benchmark(device, args.quick).run(args.picture)
+
+
+if __name__ == "__main__":
+    benchmark()
