@@ -5,6 +5,7 @@ The numbers M1 … M9 are those of README.md.
 """
 
 import copy
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -93,7 +94,8 @@ def aggregate(states: Iterable[State], weights: Sequence[float]) -> State:
             if mean is not None and (value.shape, value.dtype) != (mean.shape, mean.dtype):
                 raise ValueError(f"aggregate: client {client}, entry '{entry}': {tuple(value.shape)} {value.dtype}, "
                                  f"but client 0 has {tuple(mean.shape)} {mean.dtype}")
-            if not torch.isfinite(value).all():
+            # The sum shows it at the cost of reading once; a sum of finite values may overflow, so look again.
+            if not math.isfinite(value.sum()) and not torch.isfinite(value).all():
                 raise ValueError(f"aggregate: client {client}, entry '{entry}': not every value is finite")
             if not value.is_floating_point():
                 result[entry] = value.clone() if mean is None else torch.maximum(mean, value)

@@ -75,9 +75,10 @@ def sharp(x: Tensor) -> torch.autocast:
 @dataclass
 class Trace:
     """What one forward pass leaves for later layers and for reports: routing weights (N, M). `fixed`, a tensor (M,),
-    replaces what the routers would say."""
+    replaces what the routers would say. one_by_one: the samples of a batch are convolved one after the other."""
 
     fixed: Tensor | None = None
+    one_by_one: bool = False
     latest: Tensor | None = None
     layers: dict[str, Tensor] = field(default_factory=dict)
 
@@ -104,8 +105,8 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, H, W) → routing weights (N, M)."""
         with sharp(x):
-            # The sum divided by H·W is the mean; its gradient needs no division of the size of x.
-            pooled = x.sum(dim=(2, 3), dtype=self.fc1.weight.dtype) / (x.shape[2] * x.shape[3])
+            # The sum divided by H·W is the mean; its gradient needs no division, or change of type, of the size of x.
+            pooled = wide(x.sum(dim=(2, 3))) / (x.shape[2] * x.shape[3])
             hidden = self.fc1(pooled)  # (N, 2C)
             if not self.per_sample:
                 hidden = torch.zeros_like(hidden)
@@ -130,8 +131,8 @@ class RoutedConv2d(nn.Module):
                  generator: torch.Generator | None):
         super().__init__()
         conv = experts[-1]
-        # (M, C_out, C_in / groups, kh, kw); transposed: (M, C_in, C_out / groups, kh, kw)
-        self.register_buffer("weight", torch.stack([e.weight.detach() for e in experts]))
+        # Channels last: (M, C_out, kh, kw, C_in / groups); transposed: (M, C_in, kh, kw, C_out / groups).
+        self.register_buffer("weight", torch.stack([e.weight.detach().movedim(1, -1) for e in experts]))
         self.register_buffer("bias", None if conv.bias is None else torch.stack([e.bias.detach() for e in experts]))
         self.router = Router(conv.in_channels, len(experts), settings, generator).to(conv.weight)
         self.transposed = isinstance(conv, nn.ConvTranspose2d)
@@ -149,17 +150,20 @@ class RoutedConv2d(nn.Module):
         self.trace.layers[self.name] = routing.detach()
         if self.frame:
             x = F.pad(x, self.frame, mode=self.padding_mode)
-        # All samples' kernels by one matrix product; then the batch becomes groups of one convolution.
-        kernels = (routing @ self.weight.flatten(1)).view(-1, *self.weight.shape[2:])  # (N·C_out, C_in/g, kh, kw)
-        bias = None if self.bias is None else (routing @ self.bias).flatten()  # (N·C_out,)
-        count, groups = len(x), len(x) * self.groups
-        x = x.reshape(1, -1, *x.shape[2:])  # (1, N·C_in, H, W)
+        # All samples' kernels by one matrix product: (N, C_out, C_in / g, kh, kw), or transposed.
+        kernels = (routing @ self.weight.flatten(1)).view(-1, *self.weight.shape[1:]).movedim(-1, 2)
+        biases = [None] * len(x) if self.bias is None else routing @ self.bias  # (N, C_out)
+        if self.trace.one_by_one:
+            return torch.cat([self.convolve(*one, self.groups) for one in zip(x.split(1), kernels, biases)])
+        # The batch becomes groups of one convolution.
+        y = self.convolve(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1).contiguous(),
+                          None if self.bias is None else biases.flatten(), len(x) * self.groups)
+        return y.view(len(x), -1, *y.shape[2:])  # (N, C_out, H', W')
+
+    def convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None, groups: int) -> Tensor:
         if self.transposed:
-            y = F.conv_transpose2d(x, kernels, bias, self.stride, self.padding, self.output_padding, groups,
-                                   self.dilation)
-        else:
-            y = F.conv2d(x, kernels, bias, self.stride, self.padding, self.dilation, groups)
-        return y.view(count, -1, *y.shape[2:])  # (N, C_out, H', W')
+            return F.conv_transpose2d(x, kernel, bias, self.stride, self.padding, self.output_padding, groups, self.dilation)
+        return F.conv2d(x, kernel, bias, self.stride, self.padding, self.dilation, groups)
 
 
 class RoutedBatchNorm2d(nn.Module):
@@ -236,6 +240,8 @@ class RoutedNetwork(nn.Module):
         """Images (N, C_in, H, W) → what the networks return, usually logits (N, C, H, W)."""
         self.trace.latest = None if self.trace.fixed is None else self.trace.fixed[None]
         self.trace.layers.clear()
+        # A CPU is kept busy by one large image, and reads it faster alone; small ones, and a GPU, want the whole batch.
+        self.trace.one_by_one = x.device.type == "cpu" and x.shape[-1] * x.shape[-2] >= 2**14
         y = self.network(x)
         self.trace.latest = None  # it holds the graph of this pass
         return y
