@@ -87,6 +87,8 @@ class Picked(Gathered):
     def __torch_function__(cls, function, types, args=(), kwargs=None):
         if function is not torch.cat:
             return NotImplemented
+        if len({id(picked.slices) for picked in args[0]}) == 1:
+            return cls(args[0][0].slices, torch.cat([picked.index for picked in args[0]]))
         starts = np.cumsum([0, *(len(picked.slices) for picked in args[0])])
         return cls(torch.cat([picked.slices for picked in args[0]]),
                    torch.cat([picked.index + int(start) for picked, start in zip(args[0], starts)]))

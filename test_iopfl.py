@@ -14,6 +14,7 @@ import os
 import re
 import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -292,6 +293,85 @@ def test_methods_ride_on_one_federation_without_touching_it():
     *_, together = iopfl.federate(UNet(1, 2, 2, 1, seeded()), toy_clients(2), 2, riding)
     assert all(torch.equal(alone.global_state[e], together.global_state[e]) for e in alone.global_state)
     assert list(together.own) == ["fedavg", "iopfl", "ditto"] and list(together.losses) == ["client0", "client1"]
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_participation(on_disk):
+    """Present clients alone train, their weights sum to one, absent ones' own models stay as they are."""
+    clients = toy_clients(5, dtype=torch.float64)
+    model = UNet(1, 2, 2, 1, seeded()).double()
+    g, personal, orders, seen = iopfl.snapshot(model), {}, {name: seeded(k) for k, name in enumerate(clients)}, set()
+    entries = [entry for entry, value in g.items() if value.is_floating_point()]
+    keep = (lambda: train.Shelf("cpu")) if on_disk else dict
+    for last in iopfl.federate(UNet(1, 2, 2, 1, seeded()).double(), clients, 6, participation=0.4, keep=keep):
+        present = [*last.losses]
+        assert len(present) == 2 and present == [name for name in clients if name in present]
+        sizes, total = [len(clients[name].images) for name in present], {}
+        for name, size in zip(present, sizes):
+            model.load_state_dict(g)
+            iopfl.train_local(model, clients[name].images, clients[name].masks, generator=orders[name])
+            local = iopfl.snapshot(model)
+            personal[name] = iopfl.update_personal(personal.get(name), local, 0.7)
+            for entry, value in local.items():
+                total[entry] = total.get(entry, 0) + value * size / sum(sizes)
+        g = {entry: value.to(g[entry].dtype) for entry, value in total.items()}
+        seen.add(tuple(present))
+        assert {*last.own["iopfl"]} == {*personal} and {*last.own["fedavg"]} == {*clients}
+        for name, state in personal.items():
+            assert all(torch.allclose(state[e], last.own["iopfl"][name][e], atol=1e-9) for e in entries)
+        assert all(torch.allclose(g[e], last.global_state[e], atol=1e-9) for e in entries)
+    assert len(seen) > 2 and set().union(*seen) == {*clients}  # drawn anew each time
+    for share in (0, 1.5, float("nan")):
+        with pytest.raises(ValueError, match="participation must lie in"):
+            next(iopfl.federate(model, clients, 1, participation=share))
+
+
+def test_share_out_balances_the_work():
+    work = {"a": 3, "b": 9, "c": 4, "d": 5, "e": 3}
+    owner = iopfl.share_out(work, 2)
+    assert owner == {"b": 0, "d": 1, "c": 1, "a": 0, "e": 1}  # 12 and 12
+    assert set(iopfl.share_out(work, 9).values()) == {0, 1, 2, 3, 4} and set(iopfl.share_out(work, 1).values()) == {0}
+
+
+def federate_kinds(folder) -> None:
+    """All ways of sharing, in both precisions; each process saves what it knows."""
+    for dtype in (torch.float64, torch.float32):
+        for group in (("fedavg", "iopfl", "ditto"), ("fedbn",), ("local",), ("centralised",)):
+            *_, last = iopfl.federate(UNet(1, 2, 2, 1, seeded()).to(dtype), toy_clients(3, dtype=dtype), 3,
+                                      {name: iopfl.METHODS[name] for name in group})
+            torch.save([last.global_state, last.own], f"{folder}/{dtype}-{group[0]}-{iopfl.processes()[0]}.pt")
+
+
+def torchrun(count: int, *argv) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+                           *map(str, argv)], capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_processes_share_a_federation(tmp_path, count):
+    """The states of 2 processes, and of more than there are clients, are those of one, bit for bit; each own model
+    is in one process alone."""
+    (tmp_path / "one").mkdir()
+    (tmp_path / "many").mkdir()
+    (tmp_path / "worker.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, test_iopfl\n"
+                                        "torch.distributed.init_process_group('gloo')\n"
+                                        "test_iopfl.federate_kinds(sys.argv[1])\n"
+                                        "torch.distributed.destroy_process_group()\n")
+    federate_kinds(tmp_path / "one")
+    done = torchrun(count, tmp_path / "worker.py", tmp_path / "many")
+    assert done.returncode == 0, done.stderr
+    files = sorted((tmp_path / "one").iterdir())
+    assert len(files) == 8
+    for file in files:
+        global_state, own = torch.load(file, weights_only=True)
+        parts = [torch.load(tmp_path / "many" / f"{file.stem[:-1]}{rank}.pt", weights_only=True) for rank in range(count)]
+        for part, _ in parts:
+            assert all(torch.equal(part[entry], global_state[entry]) for entry in global_state)
+        for method, states in own.items():
+            assert sorted(name for _, part in parts for name in part[method]) == sorted(states)
+            for _, part in parts:
+                for name, state in part[method].items():
+                    assert all(torch.equal(state[entry], states[name][entry]) for entry in states[name])
 
 
 def test_what_stays_is_found_by_type():
@@ -1422,6 +1502,23 @@ def test_images_on_disk_read_as_a_tensor():
     assert all(torch.equal(a, b) for a, b in zip(stored.split(3), images.split(3)))
 
 
+def test_simulated_hospitals_on_disk(tmp_path):
+    """The same images, masks, parts and pictures as in memory; of all of them two files are open, none has a name."""
+    for task in data.HOSPITALS:
+        memory, disk = (data.simulate_sites(task, 3, 16, 8, 3, folder=folder).sites for folder in (None, tmp_path))
+        for a, b in zip(memory, disk):
+            for s, t in zip((a.everything, *splits_of(a)), (b.everything, *splits_of(b))):
+                assert torch.equal(s.images, t.images[:]) and torch.equal(s.masks, t.masks[:]) and s.cases == t.cases
+                assert t.masks[:].dtype == torch.uint8 and torch.equal(s.shown(0), t.shown(0))
+                chosen = torch.arange(len(s.cases)) % 2 == 0
+                assert torch.equal(s.images[chosen], t.images[chosen]) and torch.equal(s.masks[0], t.masks[0])
+        assert len({id(site.everything.images.slices) for site in disk}) == 1
+        for kind in ("images", "masks"):
+            whole = torch.cat([getattr(site.train, kind) for site in disk])
+            assert torch.equal(whole[:], torch.cat([getattr(site.train, kind) for site in memory]))
+    assert not [*tmp_path.iterdir()]
+
+
 def test_list_shows_the_images(tmp_path, capsys):
     write_volumes(tmp_path / "root", {"BMC": 4, "UCL": 4})
     assert train.main(["--root", str(tmp_path / "root"), "--list", "--size", "24", "--out", str(tmp_path / "look")]) == 0
@@ -1469,7 +1566,9 @@ def test_wrong_input_leaves_nothing(tmp_path, capsys):
 
 @pytest.mark.parametrize("argv, part", [
     (["--rounds", "0"], "--rounds must be positive"), (["--size", "-3"], "--size must be positive"),
-    (["--lr", "0"], "--lr must be positive"), (["--alpha", "1.5"], "--alpha must lie in"),
+    (["--lr", "0"], "--lr must be positive"), (["--participation", "0"], "--participation must lie in"),
+    (["--evaluate-every", "0"], "--evaluate-every must be positive"), (["--precision", "fp16"], "fp16"),
+    (["--alpha", "1.5"], "--alpha must lie in"),
     (["--seeds", "1", "1"], "--seeds must be different"), (["--images-per-site", "3"], "at least 4"),
     (["--mask-values", "0", "255"], "goes with --root"), (["--task", "liver"], "liver"), (["--size", "x"], "--size")])
 def test_wrong_arguments(tmp_path, capsys, argv, part):
@@ -1660,6 +1759,79 @@ def test_an_unfinished_run_of_other_settings_is_replaced_only_when_told(tmp_path
     assert not (tmp_path / "run" / "old.txt").exists()
     refused(capsys, tmp_path, [*TINY, "--hold-out", "none", "--methods", "routing", "--out", str(tmp_path / "y")],
             "--methods routing", "inside")
+
+
+def test_lines_of_rounds_and_participation(tmp_path, capsys):
+    """Dice every few rounds and at the end, else the loss; hospitals that were never there use the global model."""
+    argv = [*TINY, "--rounds", "5", "--evaluate-every", "2", "--sites", "14", "--hold-out", "none"]
+    assert train.main([*argv, "--participation", "0.1", "--out", str(tmp_path / "few")]) == 0
+    printed = capsys.readouterr().out
+    lines = [line for line in printed.splitlines() if line.startswith("round")]
+    assert ["loss" in line for line in lines] == [True, False, True, False, False]
+    assert lines[1].count("/") == 1 + train.MOST_SHOWN and "Alder" not in printed.split("test images")[1]
+    folder = tmp_path / "few" / "seed0-all-inside"
+    states = {file.name: torch.load(file, weights_only=True) for file in folder.glob("*.pt")}
+    assert len(states) == 15
+    same = [name for name, state in states.items() if all(torch.equal(state[e], v) for e, v in states["global.pt"].items())]
+    assert 9 + 1 <= len(same) < 15  # at most five were ever present
+
+
+def test_torchrun_gives_the_same_run_and_survives_a_lost_process(tmp_path):
+    """A process that dies ends the others with one line each; the same command, with another number, goes on."""
+    argv = [*TINY, "--sites", "4", "--rounds", "3", "--hold-out", "all", "--out"]
+    assert train.main([*argv, str(tmp_path / "one"), "--jobs", "1"]) == 0
+    (tmp_path / "dying.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+import iopfl, train
+calls, train_local = [], iopfl.train_local
+def dying(*positional, **options):
+    calls.append(1)
+    if os.environ["RANK"] == "1" and len(calls) == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return train_local(*positional, **options)
+iopfl.train_local = dying
+sys.exit(train.main())
+""")
+    begin = time.monotonic()
+    done = torchrun(3, tmp_path / "dying.py", *argv, tmp_path / "shared")
+    assert done.returncode and time.monotonic() - begin < 60
+    assert done.stderr.count("the same command goes on") == 2 and "SIGKILL" in done.stderr
+    assert not (tmp_path / "shared").exists()
+    done = torchrun(2, HERE / "train.py", *argv, tmp_path / "shared")
+    assert done.returncode == 0, done.stderr
+    one, shared = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "shared"))
+    assert shared["rows"] == one["rows"] and shared["environment"]["processes"] == 2
+    for file in (tmp_path / "one").glob("*/*.pt"):
+        same = torch.load(tmp_path / "shared" / file.relative_to(tmp_path / "one"), weights_only=True)
+        assert all(torch.equal(same[entry], value) for entry, value in torch.load(file, weights_only=True).items())
+    assert "torchrun shares one federation" in torchrun(2, HERE / "train.py", *argv, "x", "--jobs", "2").stderr
+
+
+def test_bfloat16_trains_and_adapts_nearly_like_float32(tmp_path):
+    """Weights of an earlier step must not be used again, and sums must be in float32."""
+    client = toy_clients(1, size=16)["client0"]
+    states, losses = {}, {}
+    for precision in ("fp32", "bf16"):
+        model = UNet(1, 2, 4, 2, seeded())
+        with train.autocast(SimpleNamespace(device="cpu", precision=precision)):
+            losses[precision] = [iopfl.train_local(model, client.images, client.masks, lr=1e-2, generator=seeded())
+                                 for _ in range(20)]
+            models = [randomise(UNet(1, 2, 4, 2), k) for k in range(2)]
+            routed = router.build_routed(models, router.RoutingSettings(start="uniform", passes=2))
+            images = torch.randn(6, 1, 16, 16, generator=seeded(3))
+            probabilities = router.adapt(routed, images, generator=seeded())
+            states[precision] = routed
+        assert all(value.dtype in (torch.float32, torch.int64) for value in model.state_dict().values())
+        assert probabilities.dtype == torch.float32 and routed.trace.layers["head"].dtype == torch.float32
+    assert losses["fp32"] != losses["bf16"] and np.allclose(losses["fp32"], losses["bf16"], atol=0.05)
+    assert losses["bf16"][-1] < 0.6 * losses["bf16"][0]
+    for a, b in zip(states["fp32"].norms(), states["bf16"].norms()):
+        assert torch.allclose(a.site_mean, b.site_mean, atol=0.1) and not torch.equal(a.site_mean, b.site_mean)
+    for precision in ("fp32", "bf16"):
+        assert train.main([*TINY, "--precision", precision, "--out", str(tmp_path / precision)]) == 0
+    one, two = (torch.load(tmp_path / p / "seed0-Cedar" / "global.pt", weights_only=True) for p in ("fp32", "bf16"))
+    assert any(not torch.equal(one[entry], two[entry]) for entry in one)
 
 
 # ---------------------------------------------------------------- a hospital with unlabelled images alone
@@ -1972,14 +2144,62 @@ def test_folder_run(tmp_path):
     assert all(row["site"] != row["hold_out"] for row in rows if row["phase"] == "inside")
 
 
+def readme_blocks() -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+
+
+def test_flower_gives_the_same_models(tmp_path):
+    """The file of the README, run by Flower's simulation in processes of its own."""
+    pytest.importorskip("flwr")
+    pytest.importorskip("ray")
+    (block,) = [block for block in readme_blocks() if "flwr" in block]
+    (tmp_path / "federation.py").write_text(block)
+    environment = {**os.environ, "PYTHONPATH": str(HERE), "FLWR_TELEMETRY_ENABLED": "0", "FLWR_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "federation.py"], cwd=tmp_path, env=environment, capture_output=True, text=True,
+                          timeout=300)
+    assert done.returncode == 0, done.stderr
+    sites = data.simulate_sites("prostate", 0, size=32, images_per_site=12, sites=3).sites
+    *_, last = iopfl.federate(UNet(1, 2, 8, 2, seeded()), {site.name: site.train for site in sites}, 2)
+    expected = {"global": last.global_state, **{f"personal-{k}": state for k, state in enumerate(last.own["iopfl"].values())}}
+    for name, state in expected.items():
+        found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert found.keys() == state.keys()
+        assert all(torch.allclose(found[entry], value, atol=1e-4) for entry, value in state.items()), name
+
+
 def test_readme_snippets_run(tmp_path, monkeypatch):
     """The Python blocks of the README run as they stand, in order."""
-    blocks = re.findall(r"```python\n(.*?)```", (HERE / "README.md").read_text(), re.S)
+    blocks = [block for block in readme_blocks() if "flwr" not in block]
     assert blocks
     monkeypatch.chdir(tmp_path)
     names: dict = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), names)
+
+
+def test_benchmark_runs(tmp_path, capsys):
+    """At the smallest size: what it prints is there, no time is judged."""
+    small = Benchmark("cpu", quick=True)
+    small.repeats, small.width, small.depth, small.size, small.batch = 1, 2, 1, 8, 2
+    small.run(str(tmp_path / "growth.png"))
+    printed = capsys.readouterr().out
+    for part in ("sum ", "obvious ", "ours, bf16", "32 ", "ratio", "GB/s", "16, 3, 64 × 64"):
+        assert part in printed
+    with Image.open(tmp_path / "growth.png") as picture:
+        assert min(picture.size) > 100
+
+
+def test_the_obvious_step_of_the_benchmark_is_ours():
+    """Without noise, dropout and views the parameters after a step agree."""
+    bench = Benchmark("cpu", quick=True)
+    bench.width, bench.depth, bench.size, bench.batch = 2, 1, 8, 2
+    calm = {"noise": 0.0, "dropout": 0.0, "leash": None, "lr": 0.1}
+    ours, obvious = bench.routed(6, **calm), bench.routed(6, **calm)
+    bench.our_step(ours)()
+    bench.obvious_step(obvious)()
+    for (name, a), b in zip(ours.named_parameters(), obvious.parameters()):
+        assert torch.allclose(a, b, atol=1e-4), name
+    assert any(not torch.equal(a, ours._built[name]) for name, a in ours.named_parameters())
 
 
 # ---------------------------------------------------------------- benchmark
@@ -2011,6 +2231,9 @@ class Benchmark:
     def images(self, count: int) -> torch.Tensor:
         x = torch.randn(count, 1, self.size, self.size, generator=seeded())
         return x.to(self.device, memory_format=torch.channels_last)
+
+    def autocast(self, precision: str) -> torch.autocast:
+        return train.autocast(SimpleNamespace(device=self.device, precision=precision))
 
     def run(self, picture: str | None) -> None:
         for part in (self.layers, self.step, self.experts, self.rounds, self.aggregation, self.training):
@@ -2059,20 +2282,20 @@ class Benchmark:
     def routed(self, experts: int, **changes) -> router.RoutedNetwork:
         """Ready for a step; two networks serve as all experts, so that originals take no memory."""
         settings = router.RoutingSettings(entropy=0.1, **changes)
-        routed = router.build_routed([self.network(k % 2) for k in range(2)] * (experts // 2), settings)
+        routed = router.build_routed([self.network(k) for k in range(2)] * (experts // 2), settings, seeded())
         routed.start = routed.parameters_now()
         routed.optimiser = torch.optim.Adam(routed.adaptable_parameters(), lr=settings.lr)
         return routed
 
-    def our_step(self, routed, precision: torch.dtype | None = None) -> Callable:
+    def our_step(self, routed, precision: str = "fp32") -> Callable:
         images, generator = self.images(self.batch), torch.Generator(self.device).manual_seed(0)
 
         def call() -> None:
-            with torch.autocast(self.device, precision, enabled=precision is not None):
+            with self.autocast(precision):
                 router.step(routed, images, generator)
         return call
 
-    def plain_step(self, precision: torch.dtype | None = None) -> Callable:
+    def plain_step(self, precision: str = "fp32") -> Callable:
         """The same objective on one network, all of whose weights move."""
         network = self.network(0)
         network.settings = router.RoutingSettings(entropy=0.1)
@@ -2081,16 +2304,15 @@ class Benchmark:
         images, generator = self.images(self.batch), torch.Generator(self.device).manual_seed(0)
 
         def call() -> None:
-            with torch.autocast(self.device, precision, enabled=precision is not None):
+            with self.autocast(precision):
                 loss, _ = router.adaptation_loss(network, images, generator)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
         return call
 
-    def obvious_step(self) -> Callable:
+    def obvious_step(self, routed: router.RoutedNetwork) -> Callable:
         """Layers as loops over the samples; a pass each for entropy, view and shape, and one to predict."""
-        routed = self.routed(6)
         named = [dict(self.network(k).named_modules()) for k in range(2)] * 3
         for layer in routed.modules():
             if isinstance(layer, router.RoutedConv2d):
@@ -2118,11 +2340,10 @@ class Benchmark:
 
     def step(self) -> None:
         """A step of adaptation (M6 to M8): {batch} images of {size} × {size}, width {width}, depth {depth}, 6 experts"""
-        low = torch.bfloat16
-        rows = {"obvious": self.obvious_step(), "ours": self.our_step(self.routed(6, leash=None)),
+        rows = {"obvious": self.obvious_step(self.routed(6)), "ours": self.our_step(self.routed(6, leash=None)),
                 "ours, with the leash": self.our_step(self.routed(6)),
-                "ours, bf16": self.our_step(self.routed(6, leash=None), low), "one plain U-Net": self.plain_step(),
-                "one plain U-Net, bf16": self.plain_step(low)}
+                "ours, bf16": self.our_step(self.routed(6, leash=None), "bf16"), "one plain U-Net": self.plain_step(),
+                "one plain U-Net, bf16": self.plain_step("bf16")}
         took = dict(zip(rows, self.milliseconds(*rows.values())))
         print(f"{'':24}{'ms':>9}{'obvious / it':>14}{'it / plain':>12}")
         for name, value in took.items():
@@ -2195,11 +2416,11 @@ class Benchmark:
             x = self.images(5)
             network, masks = self.network(0), (x[:, 0] > 0.5).to(torch.uint8)
 
-            def one(enabled: bool) -> None:
-                with torch.autocast(self.device, torch.bfloat16, enabled=enabled):
+            def one(precision: str) -> None:
+                with self.autocast(precision):
                     iopfl.train_local(network, x, masks, generator=seeded())
 
-            full, half = self.milliseconds(lambda: one(False), lambda: one(True))
+            full, half = self.milliseconds(lambda: one("fp32"), lambda: one("bf16"))
             print(f"{f'{width}, {depth}, {size} × {size}':22}{full:9.1f}{half:9.1f}{full / half:8.2f}")
             self.width, self.depth, self.size = kept
 

@@ -279,6 +279,12 @@ def plan(seeds: list[int], hold_outs: list[str | None], inside: dict[str, Method
             for seed in seeds for hold_out in hold_outs for group in groups.values()]
 
 
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    """Within this context convolutions take the precision asked for. Its cache is off: it would hold on to the weights
+    of the first step."""
+    return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
+
+
 class Shelf(MutableMapping):
     """States by name, each in a file, so that memory holds only those in use."""
 
@@ -319,7 +325,7 @@ def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None
     first = iopfl.processes()[0] == 0
     if not of_all(task.result.exists())[0]:
         task.folder.mkdir(parents=True, exist_ok=True)
-        with torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16"):
+        with autocast(args):
             result = run_anew(args, task, loaded or load_sites(args, task.seed))
         if first:
             unfinished = task.result.with_suffix(".partial")
@@ -476,7 +482,7 @@ def table(rows: list[dict], phase: str, unit: str) -> str:
                                   and row["structure"] in chosen_structures and row["site"] in chosen_sites
                                   and row[key] is not None] or [np.nan]) for seed in seeds])
 
-    columns = [("dice", [site], site) for site in sites]
+    columns = [("dice", [site], site) for site in sites if len(sites) <= MOST_SHOWN]
     if len(sites) > 1:
         columns.append(("dice", sites, "mean"))
     columns += [("hd95", sites, f"HD95 {unit}"), ("assd", sites, f"ASSD {unit}")]
@@ -981,15 +987,22 @@ def main(argv: list[str] | None = None) -> int:
     set_up()
     try:
         join_processes(args)
-        return show(args, out) if args.list else adapt(args, out) if args.adapt else train(args, out)
+        if args.adapt:
+            with autocast(args):
+                return adapt(args, out)
+        status = show(args, out) if args.list else train(args, out)
+        if iopfl.processes()[1] > 1:
+            dist.destroy_process_group()
+        return status
     except (ValueError, OSError, ImportError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:
         if iopfl.processes()[1] == 1:
             raise
-        print(f"train.py: process {dist.get_rank()} lost another one ({str(error).splitlines()[0]}); the same command "
-              "goes on", file=sys.stderr)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; one message is enough
+        print(f"train.py: process {dist.get_rank()} stopped: {str(error).split('. ')[0]}; the same command goes on",
+              file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("train.py: interrupted; the same command goes on", file=sys.stderr)
