@@ -18,6 +18,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -2180,10 +2182,10 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
 def test_benchmark_runs(tmp_path, capsys):
     """At the smallest size: what it prints is there, no time is judged."""
     small = Benchmark("cpu", quick=True)
-    small.repeats, small.width, small.depth, small.size, small.batch = 1, 2, 1, 8, 2
+    small.repeats, small.counts, small.width, small.depth, small.size, small.batch = 1, (2, 4), 2, 1, 8, 2
     small.run(str(tmp_path / "growth.png"))
     printed = capsys.readouterr().out
-    for part in ("sum ", "obvious ", "ours, bf16", "32 ", "ratio", "GB/s", "16, 3, 64 × 64"):
+    for part in ("sum ", "obvious ", "ours, bf16", "\n4 ", "ratio", "GB/s", "16, 3, 64 × 64"):
         assert part in printed
     with Image.open(tmp_path / "growth.png") as picture:
         assert min(picture.size) > 100
@@ -2210,8 +2212,9 @@ class Benchmark:
     """
 
     def __init__(self, device: str, quick: bool):
-        self.device, self.repeats = device, 3 if quick else 7
+        self.device, self.repeats, self.counts = device, 3 if quick else 7, (2, 4, 8, 16, 32)
         self.width, self.depth, self.size, self.batch = (16, 3, 64, 5) if quick else (32, 4, 192, 8)
+        self.per_client = 40 if quick else 10
 
     def milliseconds(self, *functions: Callable[[], object]) -> list[float]:
         """The median of each; one round warms up."""
@@ -2352,36 +2355,42 @@ class Benchmark:
 
     def experts(self, picture: str | None) -> None:
         """A step of adaptation by the number of experts, without the leash"""
-        counts, took, memory = (2, 4, 8, 16, 32), [], []
-        plain = self.plain_step()
-        for count in counts:
-            routed = self.routed(count, leash=None)
-            weights = sum(b.numel() * b.element_size() for b in routed.buffers()) / 2**20
-            took.append(self.milliseconds(self.our_step(routed), plain))
-            memory.append((weights, self.peak_mib()))
-            del routed
+        steps = [self.our_step(self.routed(count, leash=None)) for count in self.counts]
+        took = self.milliseconds(*steps)
+        memory = []
+        for count in self.counts:
+            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a process of its own, whose peak is its own
+                memory.append(pool.submit(self.memory_of_a_step, count).result())
         print(f"{'experts':10}{'ms':>9}{'/ 2 experts':>13}{'ensemble / 2':>14}{'experts, MiB':>14}{'peak, MiB':>11}")
-        for count, (ours, _), (weights, peak) in zip(counts, took, memory):
-            print(f"{count:<10}{ours:9.1f}{ours / took[0][0]:13.2f}{count / 2:14.0f}{weights:14.0f}{peak:11.0f}")
+        for count, ours, (weights, peak) in zip(self.counts, took, memory):
+            print(f"{count:<10}{ours:9.1f}{ours / took[0]:13.2f}{count / 2:14.0f}{weights:14.0f}{peak:11.0f}")
         if picture:
-            base = statistics.median(p for _, p in took)
-            train.draw_curves({"routing": [ours / base for ours, _ in took], "ensemble": [float(c) for c in counts]},
-                              Path(picture), "2 experts", "32")
+            train.draw_curves({"routing: step time / step time with 2 experts": [ours / took[0] for ours in took],
+                               "ensemble of as many networks": [count / 2 for count in self.counts]},
+                              Path(picture), f"experts: {self.counts[0]}", str(self.counts[-1]))
+
+    def memory_of_a_step(self, experts: int) -> tuple[float, float]:
+        """MiB of the experts' weights, and the most at any time."""
+        train.set_up()
+        routed = self.routed(experts, leash=None)
+        self.our_step(routed)()
+        return sum(b.numel() * b.element_size() for b in routed.buffers()) / 2**20, self.peak_mib()
 
     def peak_mib(self) -> float:
         """Most memory so far: of the process, or of the GPU since the last call."""
         if self.device == "cpu":
-            return train.peak_memory()
+            status = Path("/proc/self/status")  # getrusage counts in what was before exec
+            return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) / 1024 if status.exists() else train.peak_memory()
         peak = torch.cuda.max_memory_allocated() / 2**20
         torch.cuda.reset_peak_memory_stats()
         return peak
 
     def rounds(self) -> None:
-        """A federated round of 6 clients with 10 images each, against their training alone"""
+        """A federated round of 6 clients with {per_client} images each, against their training alone"""
         network = self.network(0)
         clients = {}
         for k in range(6):
-            x = self.images(10)
+            x = self.images(self.per_client)
             clients[f"client{k}"] = SimpleNamespace(images=x, masks=(x[:, 0] > 0.5).to(torch.uint8))
 
         def bare() -> None:
