@@ -682,10 +682,12 @@ def draw_curves(curves: dict[str, list[float]], path: Path, first: str, last: st
         y = point(0, value, 1)[1]
         draw.line([(left, y), (left + width, y)], "lightgrey")
         draw.text((6, y - 8), f"{value:.1f}", "black", font)
+    # The legend goes where the curves do not begin.
+    legend = top if max(curve[0] for curve in curves.values()) < (low + high) / 2 else top + height - 20 * len(curves)
     for number, (name, curve) in enumerate(curves.items()):
         colour = (BLUE, ORANGE, GREEN)[number % 3]
         draw.line([point(n, value, len(curve) - 1) for n, value in enumerate(curve)], colour, 3)
-        draw.text((left + 10, top + height - 20 * (number + 1)), name, colour, font)
+        draw.text((left + 10, legend + 20 * number), name, colour, font)
     draw.text((left, top + height + 8), first, "black", font)
     draw.text((left + width - 20, top + height + 8), last, "black", font)
     sheet.save(path)
