@@ -954,7 +954,7 @@ def set_up(threads: int | None = None) -> None:
     if threads:
         torch.set_num_threads(threads)
     # glibc returns large blocks to the system when they are freed, and each page of the next one is a fault and is
-    # cleared again: keeping them makes training a tenth to a fifth faster, adaptation twice as fast (README.md).
+    # cleared again: keeping them saves a tenth of training and a third of adapting to large images (README.md).
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt:
         mallopt(-4, 0)  # M_MMAP_MAX: no blocks apart
