@@ -358,7 +358,7 @@ def test_processes_share_a_federation(tmp_path, count):
     (tmp_path / "worker.py").write_text(f"import sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, test_iopfl\n"
                                         "torch.distributed.init_process_group('gloo')\n"
                                         "test_iopfl.federate_kinds(sys.argv[1])\n"
-                                        "torch.distributed.destroy_process_group()\n")
+                                        "torch.distributed.barrier()\ntorch.distributed.destroy_process_group()\n")
     federate_kinds(tmp_path / "one")
     done = torchrun(count, tmp_path / "worker.py", tmp_path / "many")
     assert done.returncode == 0, done.stderr

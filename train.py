@@ -29,6 +29,7 @@ import time
 from collections.abc import Callable, Iterator, MutableMapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
@@ -977,7 +978,8 @@ def join_processes(args: argparse.Namespace) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("train.py: told to end; the same command goes on"))
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo")
+    # All wait while the first serves a hospital outside, however long; a process that dies is noticed at once.
+    dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=7))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # the first process reports
 
@@ -994,6 +996,7 @@ def main(argv: list[str] | None = None) -> int:
                 return adapt(args, out)
         status = show(args, out) if args.list else train(args, out)
         if iopfl.processes()[1] > 1:
+            dist.barrier()  # who leaves while others still talk to it may crash
             dist.destroy_process_group()
         return status
     except (ValueError, OSError, ImportError) as error:
