@@ -179,13 +179,14 @@ class Round:
 
     global_state: g^t, without the entries that stay with the clients; own: by method and client name the
     client's own model, whole, for IOP-FL p_k^t; who was never present has none; losses: mean training loss of the
-    shared model by client. Of several processes each knows own models and losses of the clients that it trains.
+    shared model by client; trained_here: the clients of this process, which alone knows their own models and losses.
     """
 
     number: int
     global_state: State
     own: dict[str, Mapping[str, State]]
     losses: dict[str, float]
+    trained_here: list[str]
 
 
 def processes() -> tuple[int, int]:
@@ -291,7 +292,8 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
                     whole = {**own[label], **{name: update_personal(own[label].get(name), state, method.alpha)
                                               for name, state in whole.items() if name in names or shared.pooled}}
                 own[label] = whole
-        yield Round(number, global_state, {label: copy.copy(states) for label, states in own.items()}, losses)
+        yield Round(number, global_state, {label: copy.copy(states) for label, states in own.items()}, losses,
+                    [name for name in clients if trainer[name] == rank])
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:

@@ -204,7 +204,8 @@ class RoutedBatchNorm2d(nn.Module):
         if (self.settings.mix_batchnorm or fixed) and self.trace.latest is not None:
             routing = self.trace.latest / self.trace.latest.sum(dim=1, keepdim=True)  # (N, M)
         else:
-            routing = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts).to(wide(x[:0]))  # (1, M)
+            last = F.one_hot(torch.tensor([self.experts - 1], device=x.device), self.experts)  # (1, M)
+            routing = last.to(torch.promote_types(x.dtype, torch.float32))
         mean = variance = share = 0.0
         if self.running_mean is None or self.settings.statistics == "batch" and not fixed:
             share = 1.0 if self.running_mean is None else self.settings.share

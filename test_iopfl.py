@@ -2270,11 +2270,12 @@ class Benchmark:
                     y.backward(torch.ones_like(y))
                 return call
 
-            took = self.milliseconds(both_ways(lambda z: looped_convolution(routed.network.router, [conv] * 6, z)[0]), both_ways(ours, layout),
-                                     both_ways(contiguous), both_ways(conv, torch.channels_last))
+            loop = both_ways(lambda z: looped_convolution(ours.router, [conv] * 6, z)[0])
+            took = self.milliseconds(loop, both_ways(ours, layout), both_ways(contiguous), both_ways(conv, torch.channels_last))
             totals += took
-            kind = f"{'up ' if isinstance(conv, nn.ConvTranspose2d) else ''}{conv.in_channels} to {conv.out_channels}, {conv.kernel_size[0]} × {conv.kernel_size[1]}"
-            self.layer_line("×".join(map(str, shape)), kind, took)
+            up = "up " if isinstance(conv, nn.ConvTranspose2d) else ""
+            kind = f"{up}{conv.in_channels} to {conv.out_channels}, {data.by(conv.kernel_size)}"
+            self.layer_line(data.by(shape), kind, took)
         self.layer_line("sum", "", totals)
 
     @staticmethod
@@ -2357,10 +2358,7 @@ class Benchmark:
         """A step of adaptation by the number of experts, without the leash"""
         steps = [self.our_step(self.routed(count, leash=None)) for count in self.counts]
         took = self.milliseconds(*steps)
-        memory = []
-        for count in self.counts:
-            with ProcessPoolExecutor(1, get_context("spawn")) as pool:  # a process of its own, whose peak is its own
-                memory.append(pool.submit(self.memory_of_a_step, count).result())
+        memory = [self.alone(self.memory_of_a_step, count) for count in self.counts]
         print(f"{'experts':10}{'ms':>9}{'/ 2 experts':>13}{'ensemble / 2':>14}{'experts, MiB':>14}{'peak, MiB':>11}")
         for count, ours, (weights, peak) in zip(self.counts, took, memory):
             print(f"{count:<10}{ours:9.1f}{ours / took[0]:13.2f}{count / 2:14.0f}{weights:14.0f}{peak:11.0f}")
@@ -2404,7 +2402,6 @@ class Benchmark:
         """The mean of 100 clients"""
         states = [iopfl.snapshot(self.network(k)) for k in range(4)]
         size = sum(value.numel() * value.element_size() for value in states[0].values())
-        peak = self.peak_mib()
         total = {entry: value.clone() for entry, value in states[0].items()}
 
         def add_all() -> None:
@@ -2415,15 +2412,28 @@ class Benchmark:
         ours, sums = self.milliseconds(lambda: iopfl.aggregate((states[k % 4] for k in range(100)), [1] * 100), add_all)
         print(f"{ours:.0f} ms of a model of {size / 2**20:.0f} MiB; 100 sums in place {sums:.0f} ms "
               f"({300 * size / sums / 1e6:.1f} GB/s), ratio {ours / sums:.2f}; peak memory "
-              f"+{max(0, self.peak_mib() - peak) * 2**20 / size:.1f} models")
+              f"+{self.alone(self.memory_of_aggregation) * 2**20 / size:.1f} models")
+
+    def memory_of_aggregation(self) -> float:
+        """MiB by which the mean of 100 clients raises the peak; each client's state is new."""
+        start = iopfl.snapshot(self.network(0))
+        before = self.peak_mib()
+        iopfl.aggregate(({entry: value.clone() for entry, value in start.items()} for _ in range(100)), [1] * 100)
+        return self.peak_mib() - before
+
+    def alone(self, function: Callable, *positional):
+        """What the function returns in a process of its own, whose peak of memory is its own."""
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            return pool.submit(function, *positional).result()
 
     def training(self) -> None:
         """A training step of the plain U-Net, 5 images: fp32 against bf16"""
         print(f"{'width, depth, size':22}{'fp32':>9}{'bf16':>9}{'ratio':>8}")
         for width, depth, size in [(16, 3, 64), (16, 3, 96), (32, 4, 192)][:None if self.width == 32 else 2]:
-            self.width, self.depth, self.size, kept = width, depth, size, (self.width, self.depth, self.size)
-            x = self.images(5)
-            network, masks = self.network(0), (x[:, 0] > 0.5).to(torch.uint8)
+            other = copy.copy(self)
+            other.width, other.depth, other.size = width, depth, size
+            x = other.images(5)
+            network, masks = other.network(0), (x[:, 0] > 0.5).to(torch.uint8)
 
             def one(precision: str) -> None:
                 with self.autocast(precision):
@@ -2431,7 +2441,6 @@ class Benchmark:
 
             full, half = self.milliseconds(lambda: one("fp32"), lambda: one("bf16"))
             print(f"{f'{width}, {depth}, {size} × {size}':22}{full:9.1f}{half:9.1f}{full / half:8.2f}")
-            self.width, self.depth, self.size = kept
 
 
 def benchmark(argv: list[str] | None = None) -> None:

@@ -26,7 +26,8 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, MutableMapping, Sequence
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
@@ -286,26 +287,18 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
 
 
-class Shelf(MutableMapping):
+class Shelf(UserDict):
     """States by name, each in a file, so that memory holds only those in use."""
 
     def __init__(self, device: str):
-        self.folder, self.files, self.device = tempfile.TemporaryDirectory(), {}, device
+        super().__init__()
+        self.folder, self.device = tempfile.TemporaryDirectory(), device
 
     def __setitem__(self, name: str, state: iopfl.State) -> None:
-        save(self.files.setdefault(name, Path(self.folder.name) / f"{len(self.files)}.pt"), state)
+        save(self.data.setdefault(name, Path(self.folder.name) / f"{len(self.data)}.pt"), state)
 
     def __getitem__(self, name: str) -> iopfl.State:
-        return torch.load(self.files[name], map_location=self.device, weights_only=True)
-
-    def __delitem__(self, name: str) -> None:
-        self.files.pop(name).unlink()
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.files)
-
-    def __len__(self) -> int:
-        return len(self.files)
+        return torch.load(self.data[name], map_location=self.device, weights_only=True)
 
 
 def of_all(value) -> list:
@@ -340,10 +333,7 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
     start = time.perf_counter()
     structures = loaded.structures
     inside = [site for site in loaded.sites if site.name != task.hold_out]
-    clients = {site.name: site.train for site in inside}
-    number, count = iopfl.processes()
-    trainer = iopfl.share_out({name: len(client.images) for name, client in clients.items()}, count)
-    own_sites = [site for site in inside if trainer[site.name] == number]
+    first = iopfl.processes()[0] == 0
     model = UNet(loaded.channels, loaded.classes, args.width, args.depth, torch.Generator().manual_seed(task.seed))
     model = model.to(args.device, memory_format=torch.channels_last)
     found = []
@@ -360,14 +350,15 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
 
     if args.jobs == 1:
         print(f"\n{task}. Validation Dice in %, {' / '.join(task.inside)}:")
-    for last in iopfl.federate(model, clients, args.rounds, task.inside, seed=task.seed, epochs=args.local_epochs,
-                               batch_size=args.batch_size, lr=args.lr, participation=args.participation,
+    for last in iopfl.federate(model, {site.name: site.train for site in inside}, args.rounds, task.inside,
+                               seed=task.seed, epochs=args.local_epochs, batch_size=args.batch_size, lr=args.lr,
+                               participation=args.participation,
                                keep=dict if args.participation == 1 else partial(Shelf, args.device)):
         if args.jobs == 1:
             line = f"round {last.number:3d}/{args.rounds}"
             if last.number % args.evaluate_every == 0 or last.number == args.rounds:
                 scores = {site.name: [score(own_model(last, method, site), site, structures) for method in task.inside]
-                          for site in own_sites}
+                          for site in inside[:MOST_SHOWN] if site.name in last.trained_here}
                 scores = {name: dice for part in of_all(scores) for name, dice in part.items()}
                 line += "".join(f"  {site.name} " + "/".join(f"{100 * value:.1f}" for value in scores[site.name])
                                 for site in inside[:MOST_SHOWN])
@@ -377,9 +368,10 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
             left = (time.perf_counter() - start) * (args.rounds / last.number - 1)
             print(f"{line}  {left:4.0f} s left", flush=True)
     for method in last.own:
-        for site in own_sites:
+        for site in (site for site in inside if site.name in last.trained_here):
+            trained_model = own_model(last, method, site)
             for phase, split in (("inside", site.test), ("validation", site.validation)):
-                report(phase, method, site, split, iopfl.predict(own_model(last, method, site), split.images))
+                report(phase, method, site, split, iopfl.predict(trained_model, split.images))
     names = [site.name for site in inside]
     found[:] = sorted((row for part in of_all(found) for row in part), key=lambda row: (
         [*last.own].index(row["method"]), names.index(row["site"])))
@@ -388,11 +380,11 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
         for name in names:
             own = last.own["iopfl"].get(name)
             own = next((state for state in of_all(own) if state), last.global_state)
-            if number == 0:
+            if first:
                 save(task.folder / f"personal-{name}.pt", own)
-            if number == 0 and task.outside:
+            if first and task.outside:
                 experts[name] = iopfl.with_state(model, own)
-    if number:
+    if not first:
         return {}
     if "iopfl" in task.inside:
         save(task.folder / "global.pt", last.global_state)
