@@ -5,17 +5,20 @@ Everything here is ours. Images are float32, each normalised to mean 0 and varia
 pixels and channels together (a colour cast stays, a scanner's gain goes); masks are uint8 class indices.
 """
 
+import hashlib
 import os
 import tempfile
+import warnings
 import zlib
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 STRUCTURES = {"prostate": {"prostate": (1,)}, "fundus": {"disc": (1, 2), "cup": (2,)}}
@@ -139,7 +142,8 @@ class Site:
 @dataclass
 class DataSet:
     """Sites with what they share: channels of the images, classes of each structure, unit of the spacing, what was
-    read ("simulated", "images", "fundus" photographs or "volumes") and the grey values of the masks, if given."""
+    read ("simulated", "images", "fundus" photographs or "volumes"), the grey values of the masks, if given, and for
+    folders the digest of what was read (`fingerprint`)."""
 
     sites: list[Site]
     channels: int
@@ -147,6 +151,7 @@ class DataSet:
     unit: str
     kind: str
     mask_values: list[int] | None = None
+    content: str | None = None
 
     @property
     def classes(self) -> int:
@@ -169,6 +174,7 @@ def split_indices(count: int) -> list[np.ndarray]:
 
 def normalise(image: np.ndarray) -> np.ndarray:
     """Mean 0, variance 1 over the whole image, float32; a constant image becomes zero."""
+    image = image.astype(np.float64)  # the squares of large values overflow float32
     return ((image - image.mean()) / max(float(image.std()), 1e-6)).astype(np.float32)
 
 
@@ -419,6 +425,7 @@ def _fundus(h: FundusHospital, rng: np.random.Generator, size: int) -> tuple[np.
 
 
 # ---------------------------------------------------------------- folders of real images
+MOST_CLASSES = 32  # a photograph among the masks would make 256
 IMAGE_TYPES = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 PARTS = {"train": ("train",), "val": ("val", "validation"), "test": ("test",)}
 FUNDUS_VALUES = [255, 128, 0]  # background, rim, cup
@@ -447,6 +454,8 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     found: dict[str, dict[str, list]] = {}
     folders = [folder for folder in sorted(root.iterdir()) if folder.is_dir() and folder.name[0] != "."]
     for folder in folders:
+        if not folder.name.isprintable():
+            raise ValueError(f"{root}: the name of the site {folder.name!r} cannot be printed; rename it")
         name, pairs = RENAMED.get(folder.name, folder.name), _pairs(folder)
         if pairs and name in found:
             raise ValueError(f"{root}: two folders hold the site {name}, one by its older name; remove one")
@@ -463,8 +472,22 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     kind, parts = kinds.pop(), {name: _split(parts, seed, name) for name, parts in found.items()}
     if kind == "volumes":
         sites = [_volume_site(name, files[name], parts[name], size, skip_empty) for name in files]
-        return DataSet(sites, 3, STRUCTURES["prostate"], "mm", kind)
-    return _image_sites(root, files, parts, size, FUNDUS_VALUES if kind == "fundus" and not mask_values else mask_values, kind)
+        loaded = DataSet(sites, 3, STRUCTURES["prostate"], "mm", kind)
+    else:
+        values = FUNDUS_VALUES if kind == "fundus" and not mask_values else mask_values
+        loaded = _image_sites(root, files, parts, size, values, kind)
+    lists = [file for folder in folders for file in (folder / f"{part}.txt" for part in PARTS) if file.is_file()]
+    loaded.content = fingerprint(root, [*lists, *(file for pairs in files.values() for pair in pairs for file in pair)])
+    return loaded
+
+
+def fingerprint(root: Path, files: list[Path]) -> str:
+    """A digest of the files' names below `root`, sizes and content."""
+    digest = hashlib.sha256()
+    for file in sorted(files):
+        content = file.read_bytes()
+        digest.update(f"{str(file.relative_to(root))!a} {len(content)}\n".encode() + content)
+    return digest.hexdigest()
 
 
 def is_volume(path: Path) -> bool:
@@ -586,6 +609,9 @@ def _image_sites(root: Path, files: dict[str, list], parts: dict[str, list], siz
             raise ValueError(f"mask {mask_file}: class index {own[-1]} is out of range; all masks together hold "
                              f"{classes} values, so indices 0 … {classes - 1} were expected; if they are grey "
                              f"values, say --mask-values {' '.join(map(str, every_value))}")
+    if classes > MOST_CLASSES:
+        raise ValueError(f"{root}: the masks hold {classes} different values, more than {MOST_CLASSES} classes; if the "
+                         f"files are masks, say which grey values count, as --mask-values 0 255")
     if len(every_value) < 2:
         raise ValueError(f"{root}: every mask pixel is {every_value[0]}; at least two classes are needed")
     channels = max(len(image) for image in images.values())
@@ -630,6 +656,9 @@ def _volume_site(name: str, pairs: list, parts: list[np.ndarray], size: int, ski
 
 
 # ---------------------------------------------------------------- single files
+MOST_VOXELS = 2**28  # of a volume: 1 GiB as float32
+
+
 def by(shape) -> str:
     return "×".join(map(str, shape))
 
@@ -640,9 +669,10 @@ def read_image(path: Path) -> np.ndarray:
     if image.mode == "LA":
         image = image.convert("L")
     grey = image.mode in ("1", "L") or image.mode[0] in "IF"
-    pixels = np.asarray(image if grey else image.convert("RGB"), dtype=np.float32)
-    if not np.isfinite(pixels).all():
-        raise ValueError(f"{path}: holds values that are not finite")
+    with decoding(path):
+        pixels = np.asarray(image if grey else image.convert("RGB"), dtype=np.float32)
+        if not np.isfinite(pixels).all():
+            raise ValueError("it holds values that are not finite")
     return pixels.reshape(*pixels.shape[:2], -1)
 
 
@@ -656,7 +686,11 @@ def read_mask(path: Path, mask_values: list[int] | None = None, nearest: bool = 
         mask = colours[:, :, 0] if (colours == colours[:, :, :1]).all() else mask
     if mask.ndim != 2:
         raise ValueError(f"mask {path}: one channel of class indices is expected, found mode {image.mode}")
-    mask = mask.astype(np.int32)
+    with np.errstate(invalid="ignore"):
+        whole = mask.astype(np.int32)
+    if (whole != mask).any() or whole.min() < 0:
+        raise ValueError(f"mask {path}: class indices must be whole numbers from 0")
+    mask = whole
     if mask_values is None:
         return mask
     values, place = np.unique(mask, return_inverse=True)
@@ -675,21 +709,18 @@ def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
         import nibabel
     except ImportError:
         raise ImportError(f"{path}: NIfTI files need nibabel; pip install nibabel") from None
-    try:
+    with decoding(path):
         file = nibabel.load(path)
+        if len(file.shape) != 3 or not 0 < np.prod(file.shape, dtype=float) <= MOST_VOXELS:
+            raise ValueError(f"a volume of three dimensions and at most {MOST_VOXELS} voxels is expected, "
+                             f"found {by(file.shape)}")
         values = np.asarray(file.dataobj, dtype=np.float32)
-    except (nibabel.filebasedimages.ImageFileError, nibabel.spatialimages.HeaderDataError, OSError, EOFError, zlib.error,
-            ValueError) as error:
-        raise ValueError(f"{path}: not a readable NIfTI file ({error}); replace or remove it") from None
-    if values.ndim != 3 or not values.size:
-        raise ValueError(f"{path}: a volume of three dimensions is expected, found {by(values.shape)}")
-    if not np.isfinite(values).all():
-        raise ValueError(f"{path}: holds values that are not finite")
-    own = nibabel.io_orientation(file.affine)
-    if np.isnan(own).any():
-        raise ValueError(f"{path}: its affine matrix has no direction for some axis")
+        if not np.isfinite(values).all():
+            raise ValueError("it holds values that are not finite")
+        own, size = nibabel.io_orientation(file.affine), nibabel.affines.voxel_sizes(file.affine)
+        if np.isnan(own).any() or not (np.isfinite(size) & (size > 0)).all():
+            raise ValueError("its affine matrix has no direction or size for some axis")
     to_ours = nibabel.orientations.ornt_transform(own, nibabel.orientations.axcodes2ornt("SPL"))
-    size = nibabel.affines.voxel_sizes(file.affine)
     return (np.ascontiguousarray(nibabel.orientations.apply_orientation(values, to_ours)),
             tuple(float(size[to_ours[:, 0] == axis][0]) for axis in range(3)))
 
@@ -735,14 +766,28 @@ def network_input(path: Path, pixels: np.ndarray, size: int, channels: int, kind
     return as_input(resize(image.transpose(2, 0, 1), size), channels)[None]
 
 
-def _open(path: Path) -> Image.Image:
+@contextmanager
+def decoding(path: Path):
+    """Whatever a decoder makes of a file that is damaged, foreign or too large becomes a ValueError that names it."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a file")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 million pixels
+            yield
+    except Exception as error:
+        text = " ".join(str(error).replace(str(path), "it").split())
+        raise ValueError(f"{path}: not a readable {'volume' if is_volume(path) else 'image'} "
+                         f"({text or type(error).__name__}); replace or remove it") from None
+
+
+def _open(path: Path) -> Image.Image:
+    with decoding(path):
         image = Image.open(path)
         if getattr(image, "n_frames", 1) > 1:
             raise ValueError(f"{image.n_frames} pages, one image is expected")
         return ImageOps.exif_transpose(image)
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{path}: not a readable image ({error}); replace or remove the file") from None
 
 
 def resize(planes: np.ndarray, size: int, filter: Image.Resampling = Image.Resampling.BILINEAR) -> np.ndarray:

@@ -6,7 +6,7 @@ The numbers M1 … M9 are those of README.md.
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -69,11 +69,19 @@ def snapshot(model: nn.Module) -> State:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def aggregate(states: Iterable[State], weights: Sequence[float]) -> State:
+def check_finite(state: State, client: str) -> None:
+    """Raises ValueError, naming client and entry, where a value is not finite."""
+    for entry, value in state.items():
+        # The sum shows it at the cost of reading once; a sum of finite values may overflow, so look again.
+        if not math.isfinite(value.sum()) and not torch.isfinite(value).all():
+            raise ValueError(f"client {client}, entry '{entry}': not every value is finite")
+
+
+def aggregate(states: Iterable[State], weights: Sequence[float], names: Sequence[str] | None = None) -> State:
     """The weighted mean of client states: g = Σ_k w_k · state_k / Σ w (M1).
 
     states: one a client, read one after the other, so that a generator keeps only one in memory.
-    weights: one a client, not negative, usually its number of training images.
+    weights: one a client, not negative, usually its number of training images. names: of the clients, for errors.
     Floating entries are averaged, BatchNorm's running statistics too: without them FedAvg becomes a
     kind of FedBN. Integer entries (`num_batches_tracked`) take the maximum.
     Raises ValueError, naming client and entry, where keys, shapes or types differ or a value is not finite.
@@ -81,6 +89,7 @@ def aggregate(states: Iterable[State], weights: Sequence[float]) -> State:
     total = float(sum(weights))
     if min(weights, default=0) < 0 or not 0 < total < float("inf"):
         raise ValueError(f"aggregate: weights must be finite, not negative and not all zero, got {list(weights)}")
+    names = names or [str(number) for number in range(len(weights))]
     result: State = {}
     count = 0
     for client, state in enumerate(states):
@@ -88,15 +97,13 @@ def aggregate(states: Iterable[State], weights: Sequence[float]) -> State:
             raise ValueError(f"aggregate: more states than the {len(weights)} weights")
         if client and state.keys() != result.keys():
             entry = sorted(state.keys() ^ result.keys())[0]
-            raise ValueError(f"aggregate: client {client} and client 0 differ in entry '{entry}': only one has it")
+            raise ValueError(f"client {names[client]} and client {names[0]} differ in entry '{entry}': only one has it")
+        check_finite(state, names[client])
         for entry, value in state.items():
             mean = result.get(entry)
             if mean is not None and (value.shape, value.dtype) != (mean.shape, mean.dtype):
-                raise ValueError(f"aggregate: client {client}, entry '{entry}': {tuple(value.shape)} {value.dtype}, "
-                                 f"but client 0 has {tuple(mean.shape)} {mean.dtype}")
-            # The sum shows it at the cost of reading once; a sum of finite values may overflow, so look again.
-            if not math.isfinite(value.sum()) and not torch.isfinite(value).all():
-                raise ValueError(f"aggregate: client {client}, entry '{entry}': not every value is finite")
+                raise ValueError(f"client {names[client]}, entry '{entry}': {tuple(value.shape)} {value.dtype}, "
+                                 f"but client {names[0]} has {tuple(mean.shape)} {mean.dtype}")
             if not value.is_floating_point():
                 result[entry] = value.clone() if mean is None else torch.maximum(mean, value)
             elif mean is None:
@@ -175,18 +182,26 @@ def staying_entries(model: nn.Module, stays: str) -> set[str]:
 
 @dataclass
 class Round:
-    """What is known after a round.
+    """What is known after a round; the next one starts from nothing else.
 
-    global_state: g^t, without the entries that stay with the clients; own: by method and client name the
-    client's own model, whole, for IOP-FL p_k^t; who was never present has none; losses: mean training loss of the
-    shared model by client; trained_here: the clients of this process, which alone knows their own models and losses.
+    global_state: g^t, without the entries that stay with the clients. losses: mean training loss of the shared model
+    by client. memory: for each client that was ever present what it keeps until its next round: "own" models by
+    method, the entries that "stayed", and the generators' states for the "orders" of its images. start: the staying
+    entries before any round. trained_here: the clients of this process, which alone knows their memory and losses.
     """
 
     number: int
     global_state: State
-    own: dict[str, Mapping[str, State]]
     losses: dict[str, float]
+    memory: Mapping[str, dict[str, dict]]
+    start: State
     trained_here: list[str]
+
+    def own(self, method: str, client: str) -> State:
+        """The client's own model, whole, for IOP-FL p_k^t. One that was never present has the global model; where
+        layers stay with the clients, those that it started from."""
+        kept = self.memory.get(client, {"own": {}, "stayed": self.start})
+        return kept["own"].get(method) or {**self.global_state, **kept["stayed"]}
 
 
 def processes() -> tuple[int, int]:
@@ -221,9 +236,18 @@ def exchange(own: Iterable[tuple[str, State]], owner: dict[str, int], like: Stat
         yield state
 
 
+def draw_clients(names: Sequence[str], participation: float, generator: torch.Generator) -> list[str]:
+    """The clients that take part in a round, in the order of `names`: this share of them, at least one."""
+    if participation == 1:
+        return [*names]
+    count = max(1, round(participation * len(names)))
+    chosen = [sorted(names)[place] for place in torch.randperm(len(names), generator=generator)[:count].tolist()]
+    return [name for name in names if name in chosen]
+
+
 def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Method] | None = None, *,
              seed: int = 0, epochs: int = 1, batch_size: int = 5, lr: float = 1e-3, participation: float = 1.0,
-             keep: Callable[[], MutableMapping[str, State]] = dict) -> Iterator[Round]:
+             memory: MutableMapping[str, dict] | None = None, after: tuple[int, State] | None = None) -> Iterator[Round]:
     """Federated averaging (M1) with the own models of one or more methods; yields a `Round` after each round.
 
     model: its weights are the start g^0; afterwards it holds some client's weights, so use the states.
@@ -231,10 +255,13 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
     methods: name → Method, by default FedAvg and IOP-FL; they ride on one federation without touching it, so
     they must agree in `shared_training`, else ValueError.
     participation: share of the clients, drawn anew each round, at least one; the others' own models stay as they are.
-    keep: makes the mappings in which own models lie between rounds, such as one that keeps them on disk.
+    memory: where `Round.memory` is kept, such as a mapping that keeps it on disk; then a `Round` knows the latest one.
+    after: number and global_state of an earlier round to go on from, with its memory; it is yielded first.
     Where torch.distributed is initialised, each process trains its share of the clients and keeps their own models.
-    Each client's order of images comes from a generator of (seed, its position), so the same arguments
-    on the same machine give the same states. No state yielded is changed later.
+    Each client's order of images comes from a generator of (seed, its place in the alphabet), so the same arguments
+    on the same machine give the same states, and the order of the clients changes nothing but rounding.
+    No state yielded is changed later. Raises ValueError where a client's model is no longer finite, naming client
+    and round; the round before is then the last good one.
     """
     methods = methods or {name: METHODS[name] for name in ("fedavg", "iopfl")}
     shared, *others = methods.values()
@@ -247,53 +274,69 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
         training = {"pooled": SimpleNamespace(images=torch.cat([client.images for client in clients.values()]),
                                               masks=torch.cat([client.masks for client in clients.values()]))}
     initial, stays = snapshot(model), staying_entries(model, shared.stays)
-    global_state = {entry: value for entry, value in initial.items() if entry not in stays}
-    stayed = {name: {entry: initial[entry] for entry in stays} for name in training}
-    own = {method: keep() for method in methods}
-    generators = {(model_of, name): torch.Generator().manual_seed(1000 * seed + position)
-                  for model_of in ("all", *methods) for position, name in enumerate(training)}
-    draws = torch.Generator().manual_seed(seed)
+    start = {entry: value for entry, value in initial.items() if entry in stays}
+    done, global_state = after or (0, {entry: value for entry, value in initial.items() if entry not in stays})
+    memory = {} if memory is None else memory
+    draws, order = torch.Generator().manual_seed(seed), torch.Generator()
     sizes = {name: len(client.images) for name, client in training.items()}
     rank, count = processes()
     trainer = {"pooled": 0} | share_out({name: len(client.images) for name, client in clients.items()}, count)
-    names = [*training]  # of the clients present
+    trained_here = [name for name in clients if trainer[name] == rank]
+
+    def kept_by(name: str) -> dict[str, dict]:
+        """A copy of what the client keeps, since rounds yielded before hold the same."""
+        kept = memory.get(name, {"own": {}, "stayed": start, "orders": {}})
+        return {part: dict(values) for part, values in kept.items()}
+
+    if done:
+        yield Round(done, global_state, {}, copy.copy(memory), start, trained_here)
     for number in range(1, rounds + 1):
+        names = draw_clients([*training], participation, draws)
+        if number <= done:
+            continue
         losses = {}
-        if participation < 1:
-            drawn = torch.randperm(len(training), generator=draws)[:max(1, round(participation * len(training)))]
-            names = [[*training][position] for position in drawn.sort().values]
 
-        def train(state: State, name: str, model_of: str, **options) -> tuple[State, float]:
+        def train(state: State, name: str, kept: dict[str, dict], model_of: str, **options) -> tuple[State, float]:
             model.load_state_dict(state)
+            if model_of in kept["orders"]:
+                order.set_state(kept["orders"][model_of].cpu())
+            else:
+                order.manual_seed(1000 * seed + sorted(training).index(name))
             loss = train_local(model, training[name].images, training[name].masks, epochs=epochs, lr=lr,
-                               batch_size=batch_size, generator=generators[model_of, name], **options)
-            return snapshot(model), loss
+                               batch_size=batch_size, generator=order, **options)
+            kept["orders"][model_of] = order.get_state()
+            trained = snapshot(model)
+            check_finite(trained, f"{name} in round {number}")
+            return trained, loss
 
-        def local_states(start: State = global_state, losses: dict = losses) -> Iterator[tuple[str, State]]:
+        def local_states(g: State = global_state, losses: dict = losses) -> Iterator[tuple[str, State]]:
             for name in names:
                 if trainer[name] != rank:
                     continue
-                local, losses[name] = train({**start, **stayed[name]}, name, "all", proximal=shared.proximal)  # w_k^t
-                stayed[name] = {entry: local[entry] for entry in stays}
+                kept = kept_by(name)
+                local, losses[name] = train({**g, **kept["stayed"]}, name, kept, "all", proximal=shared.proximal)  # w_k^t
+                kept["stayed"] = {entry: local[entry] for entry in start}
                 for label, method in methods.items():
+                    before = kept["own"].get(label)
                     if method.own == "local":
-                        own[label][name] = update_personal(own[label].get(name), local, method.alpha)  # p_k^t
+                        kept["own"][label] = update_personal(before, local, method.alpha)  # p_k^t
                     elif method.own == "apart":
-                        own[label][name], _ = train(own[label].get(name, initial), name, label,
-                                                    proximal=method.own_proximal, anchor=start)
-                yield name, {entry: local[entry] for entry in start}
+                        kept["own"][label], _ = train(before or initial, name, kept, label,
+                                                      proximal=method.own_proximal, anchor=g)
+                memory[name] = kept
+                yield name, {entry: local[entry] for entry in g}
 
         states = exchange(local_states(), {name: trainer[name] for name in names}, global_state)
-        global_state = aggregate(states, [sizes[name] for name in names])  # g^t
+        global_state = aggregate(states, [sizes[name] for name in names],
+                                 [f"{name} in round {number}" for name in names])  # g^t
         for label, method in methods.items():
-            if method.own == "shared":
-                whole = {name: {**global_state, **stayed.get(name, {})} for name in clients if trainer[name] == rank}
-                if method.alpha:
-                    whole = {**own[label], **{name: update_personal(own[label].get(name), state, method.alpha)
-                                              for name, state in whole.items() if name in names or shared.pooled}}
-                own[label] = whole
-        yield Round(number, global_state, {label: copy.copy(states) for label, states in own.items()}, losses,
-                    [name for name in clients if trainer[name] == rank])
+            if method.own == "shared" and method.alpha:
+                for name in (name for name in trained_here if name in names or shared.pooled):
+                    kept = kept_by(name)
+                    whole = {**global_state, **kept["stayed"]}
+                    kept["own"][label] = update_personal(kept["own"].get(label), whole, method.alpha)
+                    memory[name] = kept
+        yield Round(number, global_state, losses, copy.copy(memory), start, trained_here)
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:

@@ -10,6 +10,7 @@ The numbers M4 … M8 are those of README.md.
 """
 
 import copy
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -52,6 +53,12 @@ class RoutingSettings:
                                  f"not {getattr(self, name)!r}")
         if not 0 <= self.share <= 1:
             raise ValueError(f"RoutingSettings: share must lie in [0, 1], not {self.share}")
+        for name, least in (("match_floor", 0), ("tolerance", 0), ("entropy", 0), ("consistency", 0), ("shape", 0),
+                            ("noise", 0), ("radius", 0), ("lr", 0), ("passes", 0), ("batch_size", 1), ("dropout", 0)):
+            if not least <= getattr(self, name) < float("inf"):
+                raise ValueError(f"RoutingSettings: {name} must be at least {least}, not {getattr(self, name)}")
+        if not 0 <= self.dropout < 1 or not 0 <= (self.global_share or 0) <= 1 or not 0 <= (self.leash or 0):
+            raise ValueError("RoutingSettings: dropout must lie in [0, 1), global_share in [0, 1], leash not below 0")
 
 
 # The published code's choices in the terms above. Its entropy is summed over a batch of 5 and weighted by 10,
@@ -290,11 +297,15 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings | None = Non
 
     models: personalised ones first, the global one last; made of Conv2d, ConvTranspose2d and BatchNorm2d
     among modules without parameters. generator draws the routers' initial weights (CPU).
-    Raises ValueError where the models differ or hold something that cannot be routed, naming it.
+    Raises ValueError where the models differ or hold something that cannot be routed or is not finite, naming it.
     """
     settings = settings or RoutingSettings()
     if not models:
         raise ValueError("build_routed: at least one model is needed")
+    for number, model in enumerate(models):
+        for name, value in model.state_dict().items():
+            if not value.isfinite().all():
+                raise ValueError(f"build_routed: model {number}, '{name}': not every value is finite")
     trace, done = Trace(), {}
 
     def route(modules: list[nn.Module], name: str) -> nn.Module:
@@ -501,12 +512,17 @@ def step(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> N
     So the areas of the classes are compared with those that the start gives for the same images; where one has
     changed by more than `settings.leash`, all parameters go half of the way back to the start. The areas are those
     before the step, which saves a pass: what this step adds is seen by the next one. Leash: ours.
+    Where the objective or its gradient is not finite nothing moves, and a warning says so.
     """
     for r in routed.routers():
         r.train().generator = generator  # dropout on; `predict` turns it off
     loss, probabilities = adaptation_loss(routed, images, generator)
     routed.optimiser.zero_grad()
     loss.backward()
+    gradients = [p.grad for p in routed.adaptable_parameters() if p.grad is not None]
+    if not (loss.detach() + nn.utils.get_total_norm(gradients)).isfinite():
+        warnings.warn("step: the objective or its gradient is not finite; the step is left out")
+        return
     routed.optimiser.step()
     if routed.settings.leash is not None:
         with torch.no_grad():
@@ -537,8 +553,15 @@ def adapt_batches(routed: RoutedNetwork, images: Tensor, *, generator: torch.Gen
     Start and statistics come from all images, statistics from at most 64 of them.
     online: in the given order each batch is counted into the site's statistics, used for one step and predicted;
     call again to go on. The start, and how much of the statistics is taken, come from the first batch alone.
+    Raises ValueError before anything is changed where there is no image or one is not finite, naming it.
     """
     settings = routed.settings
+    if not len(images):
+        raise ValueError("adapt: no images")
+    for number, batch in enumerate(images.split(settings.batch_size)):
+        wrong = (~batch.isfinite()).flatten(1).any(dim=1).nonzero()
+        if len(wrong):
+            raise ValueError(f"adapt: image {number * settings.batch_size + int(wrong[0])} holds values that are not finite")
     routed.eval()  # dropout of the networks' own stays off throughout
     if routed.start is None:
         prepare(routed, images[:settings.batch_size] if online else images)

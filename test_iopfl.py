@@ -169,7 +169,7 @@ def test_personal_model_is_the_sum_of_global_and_local_updates():
             iopfl.train_local(model, client.images, client.masks, lr=1e-2, generator=generator)
             local = iopfl.snapshot(model)
             local_updates.append({e: local[e] - globals_[t - 1][e] for e in local})
-        for entry, value in history[-1].own["own"][name].items():
+        for entry, value in history[-1].own("own", name).items():
             if not value.is_floating_point():
                 continue
             expected = start[entry].clone()
@@ -190,8 +190,8 @@ def test_accumulated_global_model():
     for last in history[1:]:
         slow = iopfl.update_personal(slow, last.global_state, 0.6)
     for name in clients:
-        assert all(torch.allclose(last.own["slow"][name][e], slow[e]) for e in slow)
-        assert all(torch.equal(last.own["fedavg"][name][e], last.global_state[e]) for e in slow)
+        assert all(torch.allclose(last.own("slow", name)[e], slow[e]) for e in slow)
+        assert all(torch.equal(last.own("fedavg", name)[e], last.global_state[e]) for e in slow)
 
 
 def test_a_federation_of_one_is_local_training():
@@ -202,14 +202,14 @@ def test_a_federation_of_one_is_local_training():
     for _ in range(2):
         iopfl.train_local(twin, clients["client0"].images, clients["client0"].masks, batch_size=2, generator=generator)
     for entry, value in twin.state_dict().items():
-        assert torch.equal(last.global_state[entry], value) and torch.equal(last.own["own"]["client0"][entry], value)
+        assert torch.equal(last.global_state[entry], value) and torch.equal(last.own("own", "client0")[entry], value)
 
 
 def test_no_two_states_share_memory_and_none_changes_later():
     model = UNet(1, 2, 2, 1, seeded())
-    kept, copies = [], []
-    for state in iopfl.federate(model, toy_clients(3), 3):
-        kept += [state.global_state, *state.own["iopfl"].values()]
+    kept, copies, clients = [], [], toy_clients(3)
+    for state in iopfl.federate(model, clients, 3):
+        kept += [state.global_state, *(state.own("iopfl", name) for name in clients)]
         copies += [copy.deepcopy(s) for s in kept[-4:]]
     pointers = [v.data_ptr() for s in [*kept, model.state_dict()] for v in s.values()]
     assert len(set(pointers)) == len(pointers)
@@ -269,12 +269,13 @@ def test_methods_inside_by_hand(method, options):
     model = UNet(1, 2, 2, 1, seeded()).double()
     expected = by_hand(iopfl.snapshot(model), clients, 3, **options)
     *_, last = iopfl.federate(model, clients, 3, {"it": method}, lr=1e-2)
-    assert list(last.own["it"]) == list(clients)
-    for name, own in last.own["it"].items():
+    assert list(last.memory) == list(clients)
+    for name in clients:
+        own = last.own("it", name)
         for entry, value in own.items():
             if value.is_floating_point():
                 assert torch.allclose(value, expected[name][entry], rtol=0, atol=1e-10), (name, entry)
-    distinct = {own["decoder.0.0.weight"].sum().item() for own in last.own["it"].values()}
+    distinct = {last.own("it", name)["decoder.0.0.weight"].sum().item() for name in clients}
     assert len(distinct) == (3 if method.own_proximal or method.stays == "all" else 1)
 
 
@@ -285,7 +286,7 @@ def test_pooled_training_is_one_client_with_all_images():
     twin = copy.deepcopy(model)
     *_, last = iopfl.federate(model, clients, 2, {"it": iopfl.METHODS["centralised"]})
     *_, alone = iopfl.federate(twin, {"one": pooled}, 2, {"it": iopfl.METHODS["fedavg"]})
-    for own in last.own["it"].values():
+    for own in (last.own("it", name) for name in clients):
         assert all(torch.equal(own[entry], alone.global_state[entry]) for entry in own)
 
 
@@ -294,18 +295,21 @@ def test_methods_ride_on_one_federation_without_touching_it():
     *_, alone = iopfl.federate(UNet(1, 2, 2, 1, seeded()), toy_clients(2), 2, {"fedavg": iopfl.METHODS["fedavg"]})
     *_, together = iopfl.federate(UNet(1, 2, 2, 1, seeded()), toy_clients(2), 2, riding)
     assert all(torch.equal(alone.global_state[e], together.global_state[e]) for e in alone.global_state)
-    assert list(together.own) == ["fedavg", "iopfl", "ditto"] and list(together.losses) == ["client0", "client1"]
+    assert list(together.losses) == ["client0", "client1"]
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_participation(on_disk):
+def test_participation(tmp_path, on_disk):
     """Present clients alone train, their weights sum to one, absent ones' own models stay as they are."""
     clients = toy_clients(5, dtype=torch.float64)
     model = UNet(1, 2, 2, 1, seeded()).double()
     g, personal, orders, seen = iopfl.snapshot(model), {}, {name: seeded(k) for k, name in enumerate(clients)}, set()
     entries = [entry for entry, value in g.items() if value.is_floating_point()]
-    keep = (lambda: train.Shelf("cpu")) if on_disk else dict
-    for last in iopfl.federate(UNet(1, 2, 2, 1, seeded()).double(), clients, 6, participation=0.4, keep=keep):
+    memory = train.Shelf(tmp_path, "cpu", [*clients], spare=True) if on_disk else {}
+    for last in iopfl.federate(UNet(1, 2, 2, 1, seeded()).double(), clients, 6, participation=0.4, memory=memory):
+        if on_disk:
+            memory.keep(last)
+            assert len(list(tmp_path.iterdir())) == 1 + len(memory) and not any(memory.read.values())
         present = [*last.losses]
         assert len(present) == 2 and present == [name for name in clients if name in present]
         sizes, total = [len(clients[name].images) for name in present], {}
@@ -318,9 +322,10 @@ def test_participation(on_disk):
                 total[entry] = total.get(entry, 0) + value * size / sum(sizes)
         g = {entry: value.to(g[entry].dtype) for entry, value in total.items()}
         seen.add(tuple(present))
-        assert {*last.own["iopfl"]} == {*personal} and {*last.own["fedavg"]} == {*clients}
-        for name, state in personal.items():
-            assert all(torch.allclose(state[e], last.own["iopfl"][name][e], atol=1e-9) for e in entries)
+        assert {*last.memory} == {*personal}
+        for name in clients:
+            state = personal.get(name, last.global_state)
+            assert all(torch.allclose(state[e], last.own("iopfl", name)[e], atol=1e-9) for e in entries)
         assert all(torch.allclose(g[e], last.global_state[e], atol=1e-9) for e in entries)
     assert len(seen) > 2 and set().union(*seen) == {*clients}  # drawn anew each time
     for share in (0, 1.5, float("nan")):
@@ -341,7 +346,8 @@ def federate_kinds(folder) -> None:
         for group in (("fedavg", "iopfl", "ditto"), ("fedbn",), ("local",), ("centralised",)):
             *_, last = iopfl.federate(UNet(1, 2, 2, 1, seeded()).to(dtype), toy_clients(3, dtype=dtype), 3,
                                       {name: iopfl.METHODS[name] for name in group})
-            torch.save([last.global_state, last.own], f"{folder}/{dtype}-{group[0]}-{iopfl.processes()[0]}.pt")
+            own = {(method, name): last.own(method, name) for method in group for name in last.trained_here}
+            torch.save([last.global_state, own], f"{folder}/{dtype}-{group[0]}-{iopfl.processes()[0]}.pt")
 
 
 def torchrun(count: int, *argv) -> subprocess.CompletedProcess:
@@ -369,11 +375,10 @@ def test_processes_share_a_federation(tmp_path, count):
         parts = [torch.load(tmp_path / "many" / f"{file.stem[:-1]}{rank}.pt", weights_only=True) for rank in range(count)]
         for part, _ in parts:
             assert all(torch.equal(part[entry], global_state[entry]) for entry in global_state)
-        for method, states in own.items():
-            assert sorted(name for _, part in parts for name in part[method]) == sorted(states)
-            for _, part in parts:
-                for name, state in part[method].items():
-                    assert all(torch.equal(state[entry], states[name][entry]) for entry in states[name])
+        assert sorted(key for _, part in parts for key in part) == sorted(own)
+        for _, part in parts:
+            for key, state in part.items():
+                assert all(torch.equal(state[entry], own[key][entry]) for entry in own[key])
 
 
 def test_what_stays_is_found_by_type():
@@ -2162,7 +2167,7 @@ def test_flower_gives_the_same_models(tmp_path):
     assert done.returncode == 0, done.stderr
     sites = data.simulate_sites("prostate", 0, size=32, images_per_site=12, sites=3).sites
     *_, last = iopfl.federate(UNet(1, 2, 8, 2, seeded()), {site.name: site.train for site in sites}, 2)
-    expected = {"global": last.global_state, **{f"personal-{k}": state for k, state in enumerate(last.own["iopfl"].values())}}
+    expected = {"global": last.global_state, **{f"personal-{k}": state for k, state in enumerate(last.own("iopfl", name) for name in last.memory)}}
     for name, state in expected.items():
         found = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert found.keys() == state.keys()

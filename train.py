@@ -9,30 +9,36 @@
     python train.py --adapt RUN --images DIR --out OUT    masks for images without labels, from a trained run
     torchrun --nproc-per-node 4 train.py          the same federation, its clients shared among four processes
 
-A run that was interrupted goes on where it stopped when the same command is given again.
+After every round all that the next one needs is on disk: a run that was interrupted, however, goes on when the same
+command is given again with --resume. Exit status: 0 all went well, 1 a fault of files, data or machine, 2 wrong use.
+With the environment variable IOPFL_TRACEBACK=1 an error shows its traceback.
 """
 
 import argparse
 import copy
 import csv
 import ctypes
+import fcntl
+import io
 import itertools
 import json
 import math
 import os
 import resource
+import shlex
 import shutil
 import signal
 import sys
 import tempfile
 import time
+import warnings
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
-from functools import partial
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context, parent_process
 from pathlib import Path
 
 import numpy as np
@@ -104,11 +110,21 @@ OUTSIDE_ABLATIONS = {name: Outside(settings=replace(ROUTING, **changes)) for nam
 }
 MOST_SHOWN = 12  # hospitals in pictures, tables and lines
 KNOWN = [*METHODS, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
+MOST = {"size": 4096, "width": 1024, "depth": 10}  # beyond it is a slip of the hand, and no memory would do
+
+
+class WrongUse(ValueError):
+    """What was asked for cannot be done, whatever is in the files: exit status 2."""
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> None:
+        raise WrongUse(f"{message}; --help shows all options")
 
 
 def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     epilog="What adaptation does at test time: router.RoutingSettings.")
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    epilog="What adaptation does at test time: router.RoutingSettings.")
     defaults = {"task": "prostate", "size": 96, "sites": 6, "images_per_site": 60, "seeds": [0], "rounds": 30,
                 "local_epochs": 1, "batch_size": 5, "lr": 1e-3, "alpha": METHODS["iopfl"].alpha, "width": 16, "depth": 3,
                 "methods": ["fedavg", "iopfl", "global", "average", "routing"], "device": "auto", "participation": 1.0,
@@ -149,7 +165,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     group = parser.add_argument_group("federation")
     add(group, "--rounds", "federated rounds")
     add(group, "--participation", "share of the hospitals inside that take part in a round, drawn anew each time; below "
-        "1 images and own models lie on disk")
+        "1 own models, and simulated images, lie on disk")
     add(group, "--evaluate-every", "rounds between two looks at the validation images")
     add(group, "--local-epochs", "epochs of local training a round")
     add(group, "--batch-size", "images a step")
@@ -162,13 +178,18 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                             "options given beside it win")
     group = parser.add_argument_group("machine and output")
     add(group, "--device", "where to compute", choices=("auto", "cpu", "cuda"))
-    add(group, "--precision", "bf16: convolutions in bfloat16, weights and sums in float32", choices=("fp32", "bf16"))
+    add(group, "--precision", "bf16: convolutions in bfloat16, and the mixing of their kernels; weights and sums in "
+        "float32", choices=("fp32", "bf16"))
     group.add_argument("--jobs", type=int, metavar="N", help="federations trained side by side, each in a process of "
-                       "its own with its share of the CPU's threads (default one a thread; 1 on a GPU)")
+                       "its own (default one a thread of the CPU; 1 on a GPU)")
+    group.add_argument("--threads", type=int, metavar="N", help="threads of each process on the CPU; results repeat bit "
+                       "for bit with the same number (default an even share)")
     add(group, "--out", "folder for models, pictures and results.json (default runs/<task>; runs/adapted for "
         "--adapt)", metavar="DIR")
-    group.add_argument("--overwrite", action="store_true", help="replace the run that lies in --out, or an "
-                       "unfinished one of other settings")
+    group.add_argument("--resume", action="store_true", help="go on with the unfinished run of the same settings, after "
+                       "its last whole round; begin it where there is none")
+    group.add_argument("--overwrite", action="store_true", help="replace the run that lies in --out, or an unfinished "
+                       "one")
     args = parser.parse_args(argv)
     if args.authors:
         parser.set_defaults(rounds=100, local_epochs=1, batch_size=5, lr=1e-3, alpha=0.1)
@@ -176,23 +197,29 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     for name in ("size", "sites", "rounds", "local_epochs", "batch_size", "lr", "width", "depth", "evaluate_every"):
         if not 0 < getattr(args, name) < float("inf"):
             parser.error(f"--{name.replace('_', '-')} must be positive, not {getattr(args, name)}")
+        if getattr(args, name) > MOST.get(name, float("inf")):
+            parser.error(f"--{name} must be at most {MOST[name]}, not {getattr(args, name)}")
+    if args.width * 2**args.depth > 2**13:
+        parser.error(f"--width {args.width} and --depth {args.depth} make {args.width * 2**args.depth} channels at the "
+                     f"lowest level; at most {2**13} are allowed")
     unknown = set(args.methods) - {"all", "ablations", *KNOWN}
     if unknown:
         parser.error(f"--methods: {', '.join(sorted(unknown))} unknown; there are all, ablations, {', '.join(KNOWN)}")
-    if args.jobs is not None and args.jobs < 1:
-        parser.error(f"--jobs must be at least 1, not {args.jobs}")
+    for name in ("jobs", "threads"):
+        if not 1 <= (getattr(args, name) or 1) <= 1024 or getattr(args, name) == 0:
+            parser.error(f"--{name} must lie in 1 … 1024, not {getattr(args, name)}")
     if not 0 <= args.alpha <= 1:
         parser.error(f"--alpha must lie in [0, 1], not {args.alpha}")
     if not 0 < args.participation <= 1:
         parser.error(f"--participation must lie in (0, 1], not {args.participation}")
-    if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
-        parser.error("--seeds must be different numbers, 0 or more")
+    if not 0 <= min(args.seeds) <= max(args.seeds) < 2**32 or len(set(args.seeds)) < len(args.seeds):
+        parser.error("--seeds must be different numbers from 0 to 2^32 - 1")
     if args.images_per_site < 4:
         parser.error(f"--images-per-site must be at least 4, not {args.images_per_site}")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: torch finds no GPU; use --device cpu")
-    if args.mask_values and len(set(args.mask_values)) < len(args.mask_values):
-        parser.error("--mask-values must be different numbers, one a class")
+    if args.mask_values and not 1 < len(set(args.mask_values)) == len(args.mask_values) <= 256:
+        parser.error("--mask-values must be 2 to 256 different numbers, one a class")
     if args.mask_values and not args.root and not args.masks:
         parser.error("--mask-values goes with --root or --masks")
     if bool(args.adapt) != bool(args.images):
@@ -201,6 +228,12 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--masks and --online go with --adapt")
     if args.adapt and (args.root or args.list):
         parser.error("--adapt takes its images from --images; leave out --root and --list")
+    if args.resume and (args.adapt or args.list):
+        parser.error("--resume goes with training")
+    for name in ("root", "images", "masks", "adapt"):
+        path = getattr(args, name)
+        if path is not None and not Path(path).is_dir():
+            parser.error(f"--{name} {path}: no such folder")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
@@ -226,11 +259,21 @@ def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
         return [None]
     chosen = names if choice == "all" else [choice or names[-1]]
     if chosen[0] not in names:
-        raise ValueError(f"--hold-out {choice}: no such site; there are {', '.join(names)}, or all, or none")
+        raise WrongUse(f"--hold-out {choice}: no such site; there are {', '.join(names)}, or all, or none")
     if len(names) < 2:
-        raise ValueError(f"a federation and a hospital outside need two sites, there is {names[0]} alone; "
-                         f"use --hold-out none")
+        raise WrongUse(f"a federation and a hospital outside need two sites, there is {names[0]} alone; "
+                       f"use --hold-out none")
     return chosen
+
+
+def check_batches(args: argparse.Namespace, sites: list[data.Site]) -> None:
+    """BatchNorm has nothing to measure where a batch holds one image and the lowest level one pixel."""
+    for site in sites:
+        count = len(site.train.images)
+        if args.size <= 2**args.depth and count // -(-count // args.batch_size) == 1:
+            raise WrongUse(f"site {site.name}: {count} images to train with make a batch of one, and --size {args.size} "
+                           f"with --depth {args.depth} leaves one pixel at the lowest level, where BatchNorm has nothing "
+                           f"to measure; use a smaller --depth or another --batch-size")
 
 
 def chosen_methods(args: argparse.Namespace, hold_out: str | None) -> tuple[dict[str, Method], dict[str, Outside]]:
@@ -266,6 +309,11 @@ class Task:
         """Where its result is kept, so that a run that goes on only reads it."""
         return self.folder / f"{next(iter(self.inside))}.json"
 
+    @property
+    def rounds(self) -> Path:
+        """Folder of all that the next round needs, until there is a result."""
+        return self.folder / f"{next(iter(self.inside))}.rounds"
+
     def __str__(self) -> str:
         return f"seed {self.seed}, outside: {self.hold_out or 'none'}, {' '.join([*self.inside, *self.outside])}"
 
@@ -287,18 +335,105 @@ def autocast(args: argparse.Namespace) -> torch.autocast:
     return torch.autocast(args.device, torch.bfloat16, enabled=args.precision == "bf16", cache_enabled=False)
 
 
+def write(path: Path, content: bytes) -> None:
+    """All of the content is on the disk under this name, or, whatever happens, what was there before."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    folder = os.open(path.parent, os.O_RDONLY)  # the name is on the disk when the folder is
+    os.fsync(folder)
+    os.close(folder)
+
+
+def save(path: Path, state: dict) -> None:
+    """A state on the CPU, readable by `torch.load(path, weights_only=True)`."""
+    buffer = io.BytesIO()
+    torch.save({name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}, buffer)
+    write(path, buffer.getvalue())
+
+
+def load(path: Path, device: str = "cpu", like: iopfl.State | None = None) -> dict:
+    """What `save` wrote; with `like` a state of these entries, shapes and types, all finite. Nothing in the file is
+    executed."""
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+        state.items()
+    except OSError:
+        raise
+    except Exception as error:  # of many kinds: what is wrong may be the archive, its index or a tensor
+        raise ValueError(f"{path}: damaged, or not written by this script ({type(error).__name__})") from None
+    if like is not None:
+        for entry in [*like, *(entry for entry in state if entry not in like)]:
+            shapes = [(tuple(of[entry].shape), of[entry].dtype) if isinstance(of.get(entry), Tensor) else "nothing"
+                      for of in (state, like)]
+            if shapes[0] != shapes[1]:
+                raise ValueError(f"{path}: of another model or version: entry '{entry}' is {shapes[0]}, expected {shapes[1]}")
+        iopfl.check_finite(state, str(path))
+    return state
+
+
 class Shelf(UserDict):
-    """States by name, each in a file, so that memory holds only those in use."""
+    """The `memory` of a federation in a folder: each client's part in a file of its own, and state.pt, written last,
+    which names those that belong together. spare: what is not in use is on disk alone."""
 
-    def __init__(self, device: str):
+    def __init__(self, folder: Path, device: str, names: list[str], spare: bool):
         super().__init__()
-        self.folder, self.device = tempfile.TemporaryDirectory(), device
+        self.folder, self.device, self.spare = folder, device, spare
+        self.places, self.round, self.read, self.fresh = {name: n for n, name in enumerate(names)}, 1, {}, {}
 
-    def __setitem__(self, name: str, state: iopfl.State) -> None:
-        save(self.data.setdefault(name, Path(self.folder.name) / f"{len(self.data)}.pt"), state)
+    def __setitem__(self, name: str, kept: dict[str, dict]) -> None:
+        file = f"{self.round}-{self.places[name]}.pt"
+        save(self.folder / file, kept)
+        self.data[name] = self.fresh[name] = file
+        self.read[name] = None if self.spare else kept
 
-    def __getitem__(self, name: str) -> iopfl.State:
-        return torch.load(self.data[name], map_location=self.device, weights_only=True)
+    def __getitem__(self, name: str) -> dict[str, dict]:
+        kept = self.read.get(name)
+        if kept is None:
+            kept = load(self.folder / self.data[name], self.device)
+            self.read[name] = None if self.spare else kept
+        return kept
+
+    def open(self, like: iopfl.State) -> tuple[int, iopfl.State] | None:
+        """Number and global state of the last whole round, if there is one; what came after it is removed. All
+        processes must call it."""
+        first_alone(lambda: self.folder.mkdir(parents=True, exist_ok=True))
+        file, after = self.folder / "state.pt", None
+        if file.is_file():
+            state = load(file, self.device)
+            try:
+                after, self.data, self.round = (state["round"], state["global_state"]), dict(state["files"]), state["round"] + 1
+                fits = all(value.shape == like[entry].shape for entry, value in after[1].items()) and set(self.data) <= set(self.places)
+            except (LookupError, TypeError, ValueError, AttributeError):
+                fits = False
+            if not fits:
+                raise ValueError(f"{file}: not of this federation; --overwrite begins anew")
+        of_all(None)  # all have read
+        first_alone(lambda: [other.unlink() for other in self.folder.iterdir() if other.name not in
+                             {"state.pt", *self.data.values()}])
+        return after
+
+    def keep(self, last: iopfl.Round) -> None:
+        """The round is whole: from now on a run goes on after it. All processes must call it."""
+        parent = parent_process()
+        if parent and not parent.is_alive():
+            os._exit(1)  # another one may be at work here by now
+        written = {name: file for part in of_all(self.fresh) for name, file in part.items()}
+        self.data.update(written)
+        self.fresh, self.round = {}, last.number + 1
+        if iopfl.processes()[0] == 0:
+            save(self.folder / "state.pt", {"round": last.number, "global_state": last.global_state, "files": self.data})
+            for file in self.folder.glob("*-*.pt"):
+                number, place = map(int, file.stem.split("-"))
+                if number <= last.number and file.name not in self.data.values():
+                    file.unlink()
 
 
 def of_all(value) -> list:
@@ -310,6 +445,22 @@ def of_all(value) -> list:
     return values
 
 
+def first_alone(function: Callable):
+    """What the first process gets from the function, for all. Where it fails, the others end without a word."""
+    value = problem = None
+    if iopfl.processes()[0] == 0:
+        try:
+            value = function()
+        except Exception as error:
+            problem = error
+    value, failed = of_all((value, problem is not None))[0]
+    if problem:
+        raise problem
+    if failed:
+        sys.exit(1)
+    return value
+
+
 def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None) -> dict | None:
     """Rows of results.json, mean routing weights and seconds of a task; models and pictures go to its folder. Of
     several processes the first alone writes and returns it.
@@ -317,26 +468,38 @@ def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None
     loaded: what `load_sites` gives for its seed.
     """
     first = iopfl.processes()[0] == 0
-    if not of_all(task.result.exists())[0]:
-        task.folder.mkdir(parents=True, exist_ok=True)
+    if not first_alone(task.result.exists):
         with autocast(args):
-            result = run_anew(args, task, loaded or load_sites(args, task.seed))
+            result = federate_and_adapt(args, task, loaded or load_sites(args, task.seed))
         if first:
-            unfinished = task.result.with_suffix(".partial")
-            unfinished.write_text(json.dumps(result))
-            unfinished.rename(task.result)
-    return json.loads(task.result.read_text()) if first else None
+            write(task.result, json.dumps(result).encode())
+    if first:
+        shutil.rmtree(task.rounds, ignore_errors=True)
+        return read_json(task.result)
 
 
-def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict:
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, or not written by this script ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not written by this script")
+    return found
+
+
+def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict:
     torch.backends.cudnn.deterministic = True  # here, since it holds for one process
-    start = time.perf_counter()
+    begin = time.perf_counter()
     structures = loaded.structures
     inside = [site for site in loaded.sites if site.name != task.hold_out]
     first = iopfl.processes()[0] == 0
     model = UNet(loaded.channels, loaded.classes, args.width, args.depth, torch.Generator().manual_seed(task.seed))
     model = model.to(args.device, memory_format=torch.channels_last)
-    found = []
+    names, found = [site.name for site in inside], []
+    shelf = Shelf(task.rounds, args.device, ["pooled", *names], spare=args.participation < 1)
+    after = shelf.open(model.state_dict())
+    done = after[0] if after else 0
 
     def report(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor, **more) -> None:
         distances = phase in ("inside", "outside")
@@ -345,45 +508,39 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
                           "site": site.name, **row, **more})
 
     def own_model(last: iopfl.Round, method: str, site: data.Site) -> torch.nn.Module:
-        """Of a hospital that never took part the global model."""
-        return iopfl.with_state(model, last.own[method].get(site.name, last.global_state))
+        return iopfl.with_state(model, last.own(method, site.name))
 
     if args.jobs == 1:
         print(f"\n{task}. Validation Dice in %, {' / '.join(task.inside)}:")
     for last in iopfl.federate(model, {site.name: site.train for site in inside}, args.rounds, task.inside,
                                seed=task.seed, epochs=args.local_epochs, batch_size=args.batch_size, lr=args.lr,
-                               participation=args.participation,
-                               keep=dict if args.participation == 1 else partial(Shelf, args.device)):
+                               participation=args.participation, memory=shelf, after=after):
+        if last.number > done:
+            shelf.keep(last)
         if args.jobs == 1:
             line = f"round {last.number:3d}/{args.rounds}"
-            if last.number % args.evaluate_every == 0 or last.number == args.rounds:
+            if last.number == done:
+                line += "  read from the disk"
+            elif last.number % args.evaluate_every == 0 or last.number == args.rounds:
                 scores = {site.name: [score(own_model(last, method, site), site, structures) for method in task.inside]
                           for site in inside[:MOST_SHOWN] if site.name in last.trained_here}
                 scores = {name: dice for part in of_all(scores) for name, dice in part.items()}
-                line += "".join(f"  {site.name} " + "/".join(f"{100 * value:.1f}" for value in scores[site.name])
-                                for site in inside[:MOST_SHOWN])
+                line += "".join(f"  {name} " + "/".join(f"{100 * value:.1f}" for value in scores[name])
+                                for name in names[:MOST_SHOWN])
             else:
                 losses = [loss for part in of_all(last.losses) for loss in part.values()]
                 line += f"  mean training loss {np.mean(losses):.3f}"
-            left = (time.perf_counter() - start) * (args.rounds / last.number - 1)
-            print(f"{line}  {left:4.0f} s left", flush=True)
-    for method in last.own:
+            left = (time.perf_counter() - begin) * (args.rounds - last.number) / max(1, last.number - done)
+            print(line + f"  {left:4.0f} s left" * (last.number > done), flush=True)
+    for method in task.inside:
         for site in (site for site in inside if site.name in last.trained_here):
             trained_model = own_model(last, method, site)
             for phase, split in (("inside", site.test), ("validation", site.validation)):
                 report(phase, method, site, split, iopfl.predict(trained_model, split.images))
-    names = [site.name for site in inside]
+            if method == "iopfl":
+                save(task.folder / f"personal-{site.name}.pt", trained_model.state_dict())
     found[:] = sorted((row for part in of_all(found) for row in part), key=lambda row: (
-        [*last.own].index(row["method"]), names.index(row["site"])))
-    experts = {}
-    if "iopfl" in task.inside:
-        for name in names:
-            own = last.own["iopfl"].get(name)
-            own = next((state for state in of_all(own) if state), last.global_state)
-            if first:
-                save(task.folder / f"personal-{name}.pt", own)
-            if first and task.outside:
-                experts[name] = iopfl.with_state(model, own)
+        [*task.inside].index(row["method"]), names.index(row["site"])))
     if not first:
         return {}
     if "iopfl" in task.inside:
@@ -392,10 +549,11 @@ def run_anew(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict
     routing = None
     if task.outside:
         site = next(site for site in loaded.sites if site.name == task.hold_out)
-        experts["global"] = iopfl.with_state(model, last.global_state)
+        files = {**{name: f"personal-{name}.pt" for name in names}, "global": "global.pt"}
+        experts = {name: iopfl.with_state(model, load(task.folder / file)) for name, file in files.items()}
         routing = run_outside(args, task, site, experts, structures, report)
     return {"rows": found, "routing": routing,
-            "seconds": {"inside": trained - start, "outside": time.perf_counter() - trained}}
+            "seconds": {"inside": trained - begin, "outside": time.perf_counter() - trained}}
 
 
 def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: dict[str, torch.nn.Module],
@@ -457,11 +615,6 @@ def score(model: torch.nn.Module, site: data.Site, structures: dict) -> float:
                                                                 split.cases, structures, site.spacing, distances=False)]))
 
 
-def save(path: Path, state: dict) -> None:
-    """A state on the CPU, readable by `torch.load(path, weights_only=True)`."""
-    torch.save({name: value.cpu() for name, value in state.items()}, path)
-
-
 # ---------------------------------------------------------------- tables
 def table(rows: list[dict], phase: str, unit: str) -> str:
     """Dice in % by site, mean ± sample standard deviation over seeds; best method of a column, ceilings aside, with *."""
@@ -496,9 +649,8 @@ def table(rows: list[dict], phase: str, unit: str) -> str:
                 star = "*" if mean == best and method not in CEILINGS else " "
                 texts[method] += f"{scale * mean:.{digits}f}{spread}{star}".rjust(width)
         lines += texts.values()
-    missing = sum(row["cases"] - row["distance_cases"] for row in rows)
-    if missing:
-        lines.append(f"HD95 and ASSD leave out {missing} of all {sum(row['cases'] for row in rows)} masks: both empty")
+    valid, masks = (sum(row[key] for row in rows) for key in ("distance_cases", "cases"))
+    lines.append(f"HD95 and ASSD count {valid} of {masks} masks" + "; in the others both are empty" * (valid < masks))
     return "\n".join(lines)
 
 
@@ -723,34 +875,47 @@ def show(args: argparse.Namespace, out: Path) -> int:
 # ---------------------------------------------------------------- a hospital outside with unlabelled images alone
 def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
     """The routed network of a trained run, or one that was adapted before, and what is known of it."""
-    if not path.is_dir():
-        raise FileNotFoundError(f"{path}: no such run")
-    if (path / "adapted.json").is_file():
-        known = json.loads((path / "adapted.json").read_text())
-    else:
+    file = path / "adapted.json"
+    adapted = file.is_file()
+    if not adapted:
         folds = [path] if (path / "global.pt").is_file() else sorted(file.parent for file in path.glob("*/global.pt"))
         folds = [fold for fold in folds if fold.name.startswith("seed")]
         if len(folds) != 1:
-            raise ValueError(f"{path}: expected one trained federation, found {len(folds)}"
-                             + "".join(f"; --adapt {fold}" for fold in folds[:6]))
+            raise WrongUse(f"{path}: expected one trained federation, found {len(folds)}"
+                           + "".join(f"; --adapt {fold}" for fold in folds[:6]))
         path = folds[0]
-        results = json.loads((path.parent / "results.json").read_text())
-        if "data" not in results:
-            raise ValueError(f"{path.parent} was trained by an older version of this script; train it again")
-        routing = (results["config"]["outside"].get("routing") or asdict(Outside()))["settings"]
-        known = {"adapted": False, **{key: results["config"][key] for key in ("size", "width", "depth")}, **results["data"],
-                 "routing": routing, "seed": int(path.name[4:].split("-")[0]),
-                 "experts": [*sorted(file.stem.removeprefix("personal-") for file in path.glob("personal-*.pt")), "global"]}
+        file = path.parent / "results.json"
+    found = read_json(file)
+    try:
+        if not adapted:
+            config = found["config"]
+            routing = (config["outside"].get("routing") or asdict(Outside()))["settings"]
+            found = {**{key: config[key] for key in ("size", "width", "depth")}, **found["data"], "routing": routing,
+                     "seed": int(path.name[4:].split("-")[0]),
+                     "experts": [*sorted(file.stem.removeprefix("personal-") for file in path.glob("personal-*.pt")), "global"]}
+        settings = RoutingSettings(**found["routing"])
+        known = {"adapted": adapted, **{key: found[key] for key in (
+            "size", "width", "depth", "channels", "classes", "seed", "kind", "mask_values", "routing", "structures")},
+            "experts": [str(name) for name in found["experts"]], "online": bool(found.get("online"))}
+        for key, most in {**MOST, "channels": 3, "classes": 256, "seed": 2**32}.items():
+            if type(known[key]) is not int or not (key != "seed") <= known[key] <= most:
+                raise ValueError(f"{key} is {known[key]}")
+        for value in [known["mask_values"] or [], *known["structures"].values()]:
+            if not all(type(number) is int for number in value):
+                raise ValueError(f"{value} should be whole numbers")
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"{file}: damaged, or of an older version of this script ({type(error).__name__}: {error}); "
+                         f"train again") from None
     model = UNet(known["channels"], known["classes"], known["width"], known["depth"])
     model = model.to(device, memory_format=torch.channels_last)
-    if known["adapted"]:
+    if adapted:
         models = [model] * len(known["experts"])  # adapted.pt holds their weights
     else:
         files = [*(f"personal-{name}.pt" for name in known["experts"][:-1]), "global.pt"]
-        models = [iopfl.with_state(model, torch.load(path / file, weights_only=True)) for file in files]
-    routed = router.build_routed(models, RoutingSettings(**known["routing"]), torch.Generator().manual_seed(known["seed"]))
-    if known["adapted"]:
-        routed.load_state_dict(torch.load(path / "adapted.pt", weights_only=True))
+        models = [iopfl.with_state(model, load(path / file, like=model.state_dict())) for file in files]
+    routed = router.build_routed(models, settings, torch.Generator().manual_seed(known["seed"]))
+    if adapted:
+        routed.load_state_dict(load(path / "adapted.pt", like=routed.state_dict()))
     return routed, known
 
 
@@ -769,13 +934,20 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
     """Masks, overlays and a report for a folder of unlabelled images; 1 if some could not be read."""
     routed, known = open_run(Path(args.adapt).resolve(), args.device)
     if known["adapted"] and args.online:
-        raise ValueError(f"{args.adapt} was adapted before and is used as it is; leave out --online")
-    values = args.mask_values or known["mask_values"]
+        raise WrongUse(f"{args.adapt} was adapted before and is used as it is; leave out --online")
     pairs = data.pairs_of(Path(args.images), Path(args.masks) if args.masks else None, strict=False)
     if not pairs:
-        raise ValueError(f"{args.images}: no image; PNG, JPEG, TIFF and NIfTI are known")
-    folder = open_folder(out, {"adapt": str(Path(args.adapt).resolve()), "images": str(Path(args.images).resolve())},
-                         args.overwrite, "adapted.json")
+        raise WrongUse(f"{args.images}: no image; PNG, JPEG, TIFF and NIfTI are known")
+    settings = {"adapt": str(Path(args.adapt).resolve()), "images": str(Path(args.images).resolve())}
+    open_folder(out, settings, args.overwrite, proof="adapted.json")
+    folder = unfinished(out)
+    with working_in(folder):
+        return adapt_in(folder, args, out, routed, known, pairs)
+
+
+def adapt_in(folder: Path, args: argparse.Namespace, out: Path, routed: router.RoutedNetwork, known: dict,
+             pairs: list[tuple[Path, Path | None]]) -> int:
+    values = args.mask_values or known["mask_values"]
     torch.backends.cudnn.deterministic = True
     stored, sources = data.Stored((known["channels"], known["size"], known["size"]), args.device, folder), []
     for file, mask_file in progress(pairs, "reading"):
@@ -784,7 +956,7 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
             inputs = data.network_input(file, pixels, known["size"], known["channels"], known["kind"])
         except (ValueError, OSError) as error:
             problem = error
-            print(f"left out: {error}", file=sys.stderr)
+            complain(f"left out: {error}")
             continue
         try:
             if mask_file:  # now, not after an hour
@@ -817,10 +989,9 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
     draw_heat_map(weights.tolist(), layers, known["experts"], folder / "routing.png")
     save(folder / "adapted.pt", routed.state_dict())
     chosen = dict(zip(known["experts"], weights.mean(dim=0).tolist()))
-    (folder / "adapted.json").write_text(json.dumps(
-        {**known, "adapted": True, "online": args.online or known.get("online", False), "files": len(sources),
-         "chosen": chosen}, indent=1))
-    with open(folder / "images.csv", "w", newline="") as file:
+    write(folder / "adapted.json", json.dumps(
+        {**known, "adapted": True, "online": args.online or known["online"], "files": len(sources), "chosen": chosen}, indent=1).encode())
+    with open(folder / "images.csv", "w", newline="", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, max(rows, key=len))  # without a mask a row has no Dice
         writer.writeheader()
         writer.writerows(rows)
@@ -890,36 +1061,59 @@ def write_masks(file: Path, mask_file: Path | None, images: list[tuple], mask_va
 
 
 # ---------------------------------------------------------------- the whole
-def open_folder(out: Path, settings: dict, overwrite: bool, proof: str = "results.json") -> Path:
-    """The folder to work in until all is done, `<out>.unfinished`: new, or of a run of the same settings. `proof`: the
-    file that tells a finished run, which alone may be replaced."""
-    is_run = (out / proof).is_file()
-    if out.exists() and not (overwrite and is_run):
-        raise ValueError(f"{out} exists; " + ("say --overwrite or another --out" if is_run else
-                                              f"it holds no {proof} and is not replaced; say another --out"))
-    folder = out.with_name(out.name + ".unfinished")
+def unfinished(out: Path) -> Path:
+    """The folder to work in until all is done."""
+    return out.with_name(out.name + ".unfinished")
+
+
+@contextmanager
+def working_in(folder: Path):
+    """Within this context no other process may work in the folder."""
+    with open(folder / "settings.json") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WrongUse(f"{folder}: another process is at work there") from None
+        yield
+
+
+def open_folder(out: Path, settings: dict, overwrite: bool, resume: bool = False, proof: str = "results.json") -> bool:
+    """Make `unfinished(out)`, new or as an interrupted run of the same settings left it; False where all is done.
+    proof: the file that tells a finished run, which alone may be replaced."""
+    settings = json.loads(json.dumps(settings))
+    is_run, folder = (out / proof).is_file(), unfinished(out)
     file = folder / "settings.json"
-    if folder.exists() and not file.is_file():
-        raise ValueError(f"{folder} is in the way and no unfinished run of this script; say another --out")
-    if folder.exists():
-        before = json.loads(file.read_text())
-        different = [name for name in settings if before.get(name) != settings[name]]
-        if different and not overwrite:
-            raise ValueError(f"{folder} holds an unfinished run with another setting, {different[0]} "
-                             f"{before.get(different[0])}; say --overwrite or another --out")
-        if not different:
-            return folder
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    file.write_text(json.dumps(settings))
-    return folder
+    if resume and not file.is_file() and is_run and (out / file.name).is_file() and read_json(out / file.name) == settings:
+        return False
+    if out.exists() and not (overwrite and is_run):
+        raise WrongUse(f"{out} exists; " + ("say --overwrite or another --out" if is_run else
+                                            f"it holds no {proof} and is not replaced; say another --out"))
+    if file.is_file():
+        if resume:
+            before = read_json(file)
+            for name in [*settings, *before]:
+                if before.get(name) != settings.get(name):
+                    raise WrongUse(f"{folder} holds an unfinished run with another setting, {name} {before.get(name)} "
+                                   f"instead of {settings.get(name)}; say --overwrite to begin anew, or another --out")
+            return True
+        if not overwrite and proof == "results.json":
+            raise WrongUse(f"{folder} holds an unfinished run; say --resume to go on with it, --overwrite to begin anew")
+        with working_in(folder):
+            shutil.rmtree(folder)
+    elif folder.exists() and any(not other.name.startswith(file.name) for other in folder.iterdir()):
+        raise WrongUse(f"{folder} is in the way and no unfinished run of this script; say another --out")
+    folder.mkdir(parents=True, exist_ok=True)
+    write(file, json.dumps(settings).encode())
+    return True
 
 
 def close_folder(folder: Path, out: Path) -> None:
-    """All is done: what `open_folder` gave takes the place of what lay in `out`."""
+    """All is done: the folder takes the place of what lay in `out`, by two renamings."""
+    replaced = folder / "replaced"
     if out.exists():
-        shutil.rmtree(out)
+        out.rename(replaced)
     folder.rename(out)
+    shutil.rmtree(out / replaced.name, ignore_errors=True)
 
 
 def run_all(args: argparse.Namespace, tasks: list[Task], loaded: data.DataSet) -> Iterator[tuple[Task, dict]]:
@@ -931,21 +1125,24 @@ def run_all(args: argparse.Namespace, tasks: list[Task], loaded: data.DataSet) -
                 seed, loaded = task.seed, load_sites(args, task.seed)
             yield task, run(args, task, loaded)
         return
-    threads = max(1, torch.get_num_threads() // args.jobs)
-    with ProcessPoolExecutor(args.jobs, get_context("spawn"), set_up, (threads,)) as pool:
+    with ProcessPoolExecutor(args.jobs, get_context("spawn"), set_up, (args.threads, True)) as pool:
         futures = {pool.submit(run, args, task): task for task in tasks}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BaseException:
-            pool.shutdown(cancel_futures=True)  # else all that wait would be trained first
+            pool.shutdown(wait=False, cancel_futures=True)
+            for child in active_children():  # what they have done is on the disk
+                child.terminate()
             raise
 
 
-def set_up(threads: int | None = None) -> None:
-    """What is best for a whole process."""
+def set_up(threads: int | None = None, helper: bool = False) -> None:
+    """What is best for a whole process; helper: it works for another one, which alone has something to say."""
     if threads:
         torch.set_num_threads(threads)
+    if helper:
+        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
     # glibc returns large blocks to the system when they are freed, and each page of the next one is a fault and is
     # cleared again: keeping them saves a tenth of training and a third of adapting to large images (README.md).
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -965,23 +1162,36 @@ def join_processes(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return
     if args.adapt or args.list or (args.jobs or 1) > 1:
-        raise ValueError("torchrun shares one federation among processes; leave out --adapt, --list and --jobs")
+        raise WrongUse("torchrun shares one federation among processes; leave out --adapt, --list and --jobs")
+    beside, number = int(os.environ["LOCAL_WORLD_SIZE"]), int(os.environ["LOCAL_RANK"])
+    if args.device == "cuda" and beside > torch.cuda.device_count():
+        raise WrongUse(f"--nproc-per-node {beside}: each process takes a GPU, and this machine has {torch.cuda.device_count()}")
     args.jobs = 1
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("train.py: told to end; the same command goes on"))
+    # torchrun leaves each process one thread.
+    args.threads = args.threads or max(torch.get_num_threads(), (os.cpu_count() or 1) // beside)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("train.py: told to end; --resume goes on after the last whole round"))
     if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(number)
     # All wait while the first serves a hospital outside, however long; a process that dies is noticed at once.
     dist.init_process_group("cpu:gloo,cuda:nccl" if args.device == "cuda" else "gloo", timeout=timedelta(days=7))
     if dist.get_rank():
         sys.stdout = open(os.devnull, "w")  # the first process reports
 
 
+def complain(text: str) -> None:
+    """One line on stderr, whatever the text holds."""
+    print("train.py: " + "".join(c if c.isprintable() else repr(c)[1:-1] for c in text.strip()), file=sys.stderr)
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    name = "adapted" if args.adapt else Path(args.root).resolve().name if args.root else args.task
-    out = Path(args.out or f"runs/{name}").resolve()
+    argv = sys.argv[1:] if argv is None else argv
+    warnings.formatwarning = lambda message, *_: f"train.py: {message}\n"
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     set_up()
     try:
+        args = parse_arguments(argv)
+        name = "adapted" if args.adapt else Path(args.root).resolve().name if args.root else args.task
+        out = Path(args.out or f"runs/{name}").resolve()
         join_processes(args)
         if args.adapt:
             with autocast(args):
@@ -991,41 +1201,56 @@ def main(argv: list[str] | None = None) -> int:
             dist.barrier()  # who leaves while others still talk to it may crash
             dist.destroy_process_group()
         return status
-    except (ValueError, OSError, ImportError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
-        return 2
-    except RuntimeError as error:
-        if iopfl.processes()[1] == 1:
-            raise
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; one message is enough
-        print(f"train.py: process {dist.get_rank()} stopped: {str(error).split('. ')[0]}; the same command goes on",
-              file=sys.stderr)
-        return 1
     except KeyboardInterrupt:
-        print("train.py: interrupted; the same command goes on", file=sys.stderr)
+        going_on = "" if "--adapt" in argv or "--list" in argv else "; go on with: " + shlex.join(
+            ["python", sys.argv[0], *argv, *["--resume"][:"--resume" not in argv]])
+        complain(f"interrupted{going_on}")
         return 130
+    except Exception as error:
+        if os.environ.get("IOPFL_TRACEBACK"):
+            raise
+        if iopfl.processes()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; one message is enough
+            error = f"process {dist.get_rank()} ends, since another one has; --resume goes on after the last whole round"
+        elif not isinstance(error, (ValueError, OSError, ImportError)):
+            error = f"{type(error).__name__}: {error} (IOPFL_TRACEBACK=1 shows where)"
+        complain(str(error))
+        return 2 if isinstance(error, WrongUse) else 1
 
 
 def train(args: argparse.Namespace, out: Path) -> int:
     """Federations, hospitals outside, report."""
     begin = time.perf_counter()
-    first = iopfl.processes()[0] == 0
-    settings = {name: value for name, value in vars(args).items()
-                if name not in ("out", "overwrite", "jobs", "evaluate_every")}
     loaded = load_sites(args, args.seeds[0])
     chosen = hold_outs(args.hold_out, [site.name for site in loaded.sites])
     inside, outside = chosen_methods(args, chosen[0])
     if not inside:
-        raise ValueError(f"--methods {' '.join(args.methods)}: none of them is for hospitals inside")
+        raise WrongUse(f"--methods {' '.join(args.methods)}: none of them is for hospitals inside")
+    check_batches(args, loaded.sites)
+    folder = unfinished(out)
+    tasks = plan(args.seeds, chosen, inside, outside, folder)
+    threads = torch.get_num_threads()
+    args.jobs = args.jobs or (1 if args.device == "cuda" else min(len(tasks), max(1, threads // (args.threads or 1))))
+    args.threads = args.threads or max(1, threads // args.jobs)
+    torch.set_num_threads(args.threads)
+    settings = {name: value for name, value in vars(args).items()
+                if name not in ("out", "overwrite", "resume", "jobs", "evaluate_every")}
     settings["inside"], settings["outside"] = ({name: asdict(method) if method else None for name, method in
                                                 methods.items()} for methods in (inside, outside))
-    folder = of_all(open_folder(out, json.loads(json.dumps(settings)), args.overwrite) if first else None)[0]
+    settings |= {"content": loaded.content, "torch": torch.__version__, "numpy": np.__version__}
+    if not first_alone(lambda: open_folder(out, settings, args.overwrite, args.resume)):
+        print(f"{out} is finished")
+        return 0
+    with working_in(folder) if iopfl.processes()[0] == 0 else nullcontext():
+        return train_in(folder, args, out, settings, tasks, loaded, begin)
+
+
+def train_in(folder: Path, args: argparse.Namespace, out: Path, settings: dict, tasks: list[Task],
+             loaded: data.DataSet, begin: float) -> int:
+    first = iopfl.processes()[0] == 0
     print(origin(loaded))
     if first:
         draw_hospitals(loaded.sites[:MOST_SHOWN], folder / "hospitals.png")
-    tasks = plan(args.seeds, chosen, inside, outside, folder)
-    if args.jobs is None:
-        args.jobs = 1 if args.device == "cuda" else min(len(tasks), torch.get_num_threads())
     results, kept = {}, sum(task.result.exists() for task in tasks)
     for task, result in run_all(args, tasks, loaded):
         results[str(task)] = result
@@ -1035,7 +1260,7 @@ def train(args: argparse.Namespace, out: Path) -> int:
     if not first:
         return 0
     results = [results[str(task)] for task in tasks]
-    places = [(seed, hold_out) for seed in args.seeds for hold_out in chosen]
+    places = [(task.seed, task.hold_out) for task in tasks]
     rows = sorted((row for result in results for row in result["rows"]),
                   key=lambda row: (places.index((row["seed"], row["hold_out"])), KNOWN.index(row["method"])))
     seconds = {phase: sum(result["seconds"][phase] for result in results) for phase in ("inside", "outside")}
@@ -1044,18 +1269,17 @@ def train(args: argparse.Namespace, out: Path) -> int:
                    "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
                    "threads": torch.get_num_threads(), "jobs": args.jobs, "processes": iopfl.processes()[1],
                    "peak_memory_mib": round(peak_memory())}
-    (folder / "results.json").write_text(json.dumps(
-        {"config": settings,
-         "data": {"channels": loaded.channels, "classes": loaded.classes, "structures": loaded.structures,
-                  "kind": loaded.kind, "mask_values": loaded.mask_values},
-         "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()},
-         "rows": rows}, indent=1))
+    report = {"config": settings,
+              "data": {"channels": loaded.channels, "classes": loaded.classes, "structures": loaded.structures,
+                       "kind": loaded.kind, "mask_values": loaded.mask_values},
+              "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()}, "rows": rows}
     routings = [result["routing"] for result in results if result["routing"]]
     if routings:
         draw_routing(routings, folder / "routing.png")
     dice_by_pass = curves(rows, "dice")
     if dice_by_pass:
         draw_curves(dice_by_pass, folder / "curves.png", "passes: 0", str(max(map(len, dice_by_pass.values())) - 1))
+    write(folder / "results.json", json.dumps(report, indent=1).encode())
     close_folder(folder, out)
     print(tables(rows, loaded.unit))
     print(f"\n{seconds['total']:.0f} s, peak memory {environment['peak_memory_mib']} MiB a process. "
