@@ -778,7 +778,7 @@ def decoding(path: Path):
             yield
     except Exception as error:
         text = " ".join(str(error).replace(str(path), "it").split())
-        raise ValueError(f"{path}: not a readable {'volume' if is_volume(path) else 'image'} "
+        raise ValueError(f"{path}: not a readable {'NIfTI file' if is_volume(path) else 'image'} "
                          f"({text or type(error).__name__}); replace or remove it") from None
 
 

@@ -1383,7 +1383,7 @@ def test_no_slice_to_train_with(tmp_path):
 def test_volumes_without_nibabel(tmp_path, monkeypatch, capsys):
     write_volumes(tmp_path, {"BMC": 4})
     monkeypatch.setitem(sys.modules, "nibabel", None)
-    assert train.main(["--root", str(tmp_path), "--list", "--out", str(tmp_path / "x")]) == 2
+    assert train.main(["--root", str(tmp_path), "--list", "--out", str(tmp_path / "x")]) == 1
     error = capsys.readouterr().err
     assert "pip install nibabel" in error and error.count("\n") == 1
 
@@ -1474,7 +1474,7 @@ def test_several_pages_and_values_that_are_not_finite(tmp_path):
     with pytest.raises(ValueError, match="pages.tif: not a readable image .2 pages"):
         data.read_image(tmp_path / "pages.tif")
     Image.fromarray(np.array([[1.0, np.nan]], np.float32)).save(tmp_path / "nan.tif")
-    with pytest.raises(ValueError, match="nan.tif: holds values that are not finite"):
+    with pytest.raises(ValueError, match="nan.tif: .*holds values that are not finite"):
         data.read_image(tmp_path / "nan.tif")
     Image.fromarray(np.full((6, 4, 2), (100, 7), np.uint8), "LA").save(tmp_path / "la.png")
     assert np.array_equal(data.read_image(tmp_path / "la.png"), np.full((6, 4, 1), 100))
@@ -1547,10 +1547,10 @@ def tree(folder):
     return {str(f.relative_to(folder)): f.read_bytes() if f.is_file() else None for f in sorted(folder.rglob("*"))}
 
 
-def refused(capsys, parent, argv, *parts):
-    """`train.main` returns 2 after one line on stderr that holds `parts`, and leaves `parent` as it was."""
+def refused(capsys, parent, argv, *parts, status=2):
+    """`train.main` ends with this status after one line on stderr that holds `parts`, and leaves `parent` as it was."""
     before = tree(parent)
-    assert train.main(argv) == 2
+    assert train.main(argv) == status
     error = capsys.readouterr().err
     assert error.startswith("train.py: ") and error.count("\n") == 1 and error.endswith("\n")
     assert all(part in error for part in parts), error
@@ -1566,9 +1566,10 @@ def test_wrong_input_leaves_nothing(tmp_path, capsys):
     refused(capsys, parent, [*out, "--root", str(tmp_path / "none")], str(tmp_path / "none"), "no such folder")
     empty = tmp_path / "empty"
     empty.mkdir()
-    refused(capsys, parent, [*out, "--root", str(empty)], str(empty), "no sites found")
+    refused(capsys, parent, [*out, "--root", str(empty)], str(empty), "no sites found", status=1)
     write_site(tmp_path / "grey", "a", 4, values=(0, 255))
-    refused(capsys, parent, [*out, "--root", str(tmp_path / "grey"), "--size", "16"], "a/masks/", "--mask-values 0 255")
+    refused(capsys, parent, [*out, "--root", str(tmp_path / "grey"), "--size", "16"], "a/masks/", "--mask-values 0 255",
+            status=1)
 
 
 @pytest.mark.parametrize("argv, part", [
@@ -1579,10 +1580,7 @@ def test_wrong_input_leaves_nothing(tmp_path, capsys):
     (["--seeds", "1", "1"], "--seeds must be different"), (["--images-per-site", "3"], "at least 4"),
     (["--mask-values", "0", "255"], "goes with --root"), (["--task", "liver"], "liver"), (["--size", "x"], "--size")])
 def test_wrong_arguments(tmp_path, capsys, argv, part):
-    with pytest.raises(SystemExit) as caught:
-        train.main(["--out", str(tmp_path / "x"), *argv])
-    assert caught.value.code == 2 and part in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    refused(capsys, tmp_path, ["--out", str(tmp_path / "x"), *argv], part, "--help")
 
 
 def test_existing_folders_and_overwrite(tmp_path, capsys):
@@ -1601,13 +1599,20 @@ def test_existing_folders_and_overwrite(tmp_path, capsys):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["other", "run"]
 
 
+def same_files(one, two):
+    """Every model below the folders, and the rows of the results, bit for bit."""
+    names = sorted(str(file.relative_to(one)) for file in one.rglob("*.pt"))
+    assert names == sorted(str(file.relative_to(two)) for file in two.rglob("*.pt"))
+    rows = [json.loads((folder / "results.json").read_text())["rows"] for folder in (one, two)]
+    return rows[0] == rows[1] and all((one / name).read_bytes() == (two / name).read_bytes() for name in names)
+
+
 def test_a_run_stopped_in_the_middle_keeps_the_old_one_and_goes_on(tmp_path, monkeypatch, capsys):
     """What was finished is not done again, the rows are those of a run never stopped; other settings are refused."""
     run = tmp_path / "run"
     argv = [*TINY, "--size", "24", "--width", "4", "--rounds", "3", "--lr", "1e-2", "--seeds", "0", "1",
             "--hold-out", "all", "--out"]
     assert train.main([*argv, str(tmp_path / "whole")]) == 0
-    whole = json.loads((tmp_path / "whole" / "results.json").read_text())["rows"]
     run.mkdir()
     (run / "results.json").write_text("keep")
     calls, adapt, federate = [], router.adapt, iopfl.federate
@@ -1618,21 +1623,95 @@ def test_a_run_stopped_in_the_middle_keeps_the_old_one_and_goes_on(tmp_path, mon
             raise RuntimeError("stopped")
         return adapt(*positional, **options)
 
+    capsys.readouterr()
     with monkeypatch.context() as patch:
         patch.setattr(train.router, "adapt", fail)
+        assert train.main([*argv, str(run), "--overwrite"]) == 1
+        assert capsys.readouterr().err == "train.py: RuntimeError: stopped (IOPFL_TRACEBACK=1 shows where)\n"
+        calls.clear()
+        patch.setenv("IOPFL_TRACEBACK", "1")
         with pytest.raises(RuntimeError, match="stopped"):
             train.main([*argv, str(run), "--overwrite"])
     assert tree(run) == {"results.json": b"keep"}
+    refused(capsys, tmp_path, [*argv, str(run), "--resume"], "run exists", "--overwrite")
     shutil.rmtree(run)
-    refused(capsys, tmp_path, [*argv, str(run), "--lr", "0.1"], "unfinished", "lr 0.01", "--overwrite")
+    refused(capsys, tmp_path, [*argv, str(run)], "unfinished", "--resume", "--overwrite")
+    for name, other, text in (("--lr", "0.1", "lr 0.01 instead of 0.1"), ("--methods", "iopfl", "methods"),
+                              ("--threads", "2", "threads 1 instead of 2"), ("--alpha", "0.5", "alpha 0.7")):
+        refused(capsys, tmp_path, [*argv, str(run), "--resume", name, other], "another setting", text)
+    with train.working_in(tmp_path / "run.unfinished"):
+        for option in ("--resume", "--overwrite"):
+            refused(capsys, tmp_path, [*argv, str(run), option], "another process is at work")
 
     federations = []
     with monkeypatch.context() as patch:
-        patch.setattr(train.iopfl, "federate", lambda *a, **o: federations.append(o) or federate(*a, **o))
-        assert train.main([*argv, str(run)]) == 0
-    assert len(federations) == 4  # two of six had finished
-    assert json.loads((run / "results.json").read_text())["rows"] == whole
-    assert sorted(f.name for f in tmp_path.iterdir()) == ["run", "whole"]
+        patch.setattr(train.iopfl, "federate", lambda *a, **o: federations.append(o["after"]) or federate(*a, **o))
+        assert train.main([*argv, str(run), "--resume", "--evaluate-every", "1"]) == 0
+    # Two of six had finished; of the third the rounds were on the disk.
+    assert [after and after[0] for after in federations] == [3, None, None, None]
+    assert same_files(run, tmp_path / "whole") and sorted(f.name for f in tmp_path.iterdir()) == ["run", "whole"]
+    assert not list(run.rglob("*.rounds"))
+    assert train.main([*argv, str(run), "--resume"]) == 0 and "is finished" in capsys.readouterr().out
+    refused(capsys, tmp_path, [*argv, str(run), "--resume", "--lr", "0.1"], "run exists")
+
+
+KILLED = """
+import os, random, signal, sys, time
+sys.path.insert(0, {here!r})
+import torch, train
+torch.set_num_threads(1)
+moments, starts, argv = random.Random(0), 0, sys.argv[1:]
+
+
+def start(last_save):
+    # A process of its own that ends itself while it writes its file number `last_save`.
+    child = os.fork()
+    if child:
+        return child
+    sys.stdout = open("log", "a")
+    fsync, saves = os.fsync, []
+
+    def dying(file):
+        saves.append(file)
+        if len(saves) == last_save:
+            sys.stdout.flush()
+            os.truncate(file, 100) if os.fstat(file).st_size > 100 and last_save % 2 else None
+            os.kill(os.getpid(), signal.SIGKILL)
+        fsync(file)
+
+    os.fsync = dying
+    status = train.main(argv)
+    sys.stdout.flush()
+    os._exit(status)
+
+
+for attempt in range(10):
+    by_save = attempt % 2 == 0
+    child = start(moments.randint(2, 16) if by_save else None)
+    if not by_save:
+        time.sleep(moments.uniform(0, 0.3))
+        os.kill(child, signal.SIGKILL)
+    status = os.waitpid(child, 0)[1]
+    print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else "ended", os.path.exists("run"))
+print(os.waitstatus_to_exitcode(os.waitpid(start(None), 0)[1]))
+"""
+
+
+@pytest.mark.parametrize("more", [
+    ["--participation", "0.5"],
+    ["--hold-out", "none", "--methods", "iopfl", "ditto", "fedbn", "centralised", "global-alpha=0.7", "--jobs", "1"]])
+def test_killed_at_ten_moments_a_run_ends_as_if_never_interrupted(tmp_path, more):
+    """A real process, killed while it writes a file or at any other moment; nothing finished is half there."""
+    argv = [*TINY, "--sites", "4", "--rounds", "8", "--evaluate-every", "100", "--threads", "1", *more]
+    assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
+    (tmp_path / "killed.py").write_text(KILLED.format(here=str(HERE)))
+    done = subprocess.run([sys.executable, "killed.py", *argv, "--resume", "--out", "run"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=100)
+    *lines, last = done.stdout.split("\n")[:-1]
+    assert last == "0" and done.stderr == "", done.stderr
+    assert len(lines) == 10 and lines.count("9 False") >= 8 and {*lines} <= {"9 False", "ended True", "9 True"}, lines
+    assert same_files(tmp_path / "run", tmp_path / "whole")
+    assert "read from the disk" in (tmp_path / "log").read_text()
 
 
 def test_processes_side_by_side_give_the_same_rows(tmp_path):
@@ -1745,7 +1824,7 @@ def test_table_by_hand():
         ["disc", "bn", "76.0±2.8*", "82.0±2.8*", "79.0±2.8*", "4.50±0.71*", "nan±nan"],
         ["disc", "oracle", "(ceiling)", "92.0±2.8", "98.0±2.8", "95.0±2.8", "1.50±0.71", "1.00±0.00"]]
     assert lines[8].split()[:5] == ["mean", "bn", "77.0±2.8*", "83.0±2.8*", "80.0±2.8*"]
-    assert lines[-1] == "HD95 and ASSD leave out 8 of all 72 masks: both empty"
+    assert lines[-1] == "HD95 and ASSD count 64 of 72 masks; in the others both are empty"
 
 
 def test_authors_settings(tmp_path):
@@ -1758,10 +1837,12 @@ def test_authors_settings(tmp_path):
 def test_an_unfinished_run_of_other_settings_is_replaced_only_when_told(tmp_path, capsys):
     folder = tmp_path / "run.unfinished"
     folder.mkdir()
+    (folder / "old.txt").write_text("of something else")
     refused(capsys, tmp_path, [*TINY, "--out", str(tmp_path / "run")], str(folder), "in the way")
     (folder / "settings.json").write_text(json.dumps({"seeds": [7]}))
     (folder / "old.txt").write_text("of another run")
-    refused(capsys, tmp_path, [*TINY, "--out", str(tmp_path / "run")], str(folder), "another setting", "--overwrite")
+    refused(capsys, tmp_path, [*TINY, "--out", str(tmp_path / "run")], str(folder), "--resume", "--overwrite")
+    refused(capsys, tmp_path, [*TINY, "--out", str(tmp_path / "run"), "--resume"], "another setting", "seeds [7]")
     assert train.main([*TINY, "--out", str(tmp_path / "run"), "--overwrite"]) == 0
     assert not (tmp_path / "run" / "old.txt").exists()
     refused(capsys, tmp_path, [*TINY, "--hold-out", "none", "--methods", "routing", "--out", str(tmp_path / "y")],
@@ -1785,7 +1866,7 @@ def test_lines_of_rounds_and_participation(tmp_path, capsys):
 
 def test_torchrun_gives_the_same_run_and_survives_a_lost_process(tmp_path):
     """A process that dies ends the others with one line each; the same command, with another number, goes on."""
-    argv = [*TINY, "--sites", "4", "--rounds", "3", "--hold-out", "all", "--out"]
+    argv = [*TINY, "--sites", "4", "--rounds", "3", "--hold-out", "all", "--threads", "1", "--out"]
     assert train.main([*argv, str(tmp_path / "one"), "--jobs", "1"]) == 0
     (tmp_path / "dying.py").write_text(f"""
 import os, signal, sys
@@ -1803,9 +1884,9 @@ sys.exit(train.main())
     begin = time.monotonic()
     done = torchrun(3, tmp_path / "dying.py", *argv, tmp_path / "shared")
     assert done.returncode and time.monotonic() - begin < 60
-    assert done.stderr.count("the same command goes on") == 2 and "SIGKILL" in done.stderr
+    assert done.stderr.count("--resume goes on after the last whole round") == 2 and "SIGKILL" in done.stderr
     assert not (tmp_path / "shared").exists()
-    done = torchrun(2, HERE / "train.py", *argv, tmp_path / "shared")
+    done = torchrun(2, HERE / "train.py", *argv, tmp_path / "shared", "--resume")
     assert done.returncode == 0, done.stderr
     one, shared = (json.loads((tmp_path / name / "results.json").read_text()) for name in ("one", "shared"))
     assert shared["rows"] == one["rows"] and shared["environment"]["processes"] == 2
@@ -1967,12 +2048,13 @@ def test_adapting_skips_broken_images_and_overwrites_only_when_told(folder_run, 
     broken.mkdir()
     (broken / "a.png").write_text("no image")
     (tmp_path / "y.unfinished").mkdir()
+    (tmp_path / "y.unfinished" / "letter.txt").write_text("keep")
     assert adapted(run, images, tmp_path / "y") == 2 and "in the way" in capsys.readouterr().err
-    (tmp_path / "y.unfinished").rmdir()
+    shutil.rmtree(tmp_path / "y.unfinished")
     assert adapted(out, images, tmp_path / "y", "--online") == 2 and "leave out --online" in capsys.readouterr().err
-    for run_folder, folder, part in ((tmp_path / "nowhere", images, "no such run"), (run, tmp_path / "nowhere", "no such folder"),
+    for run_folder, folder, part in ((tmp_path / "nowhere", images, "no such folder"), (run, tmp_path / "nowhere", "no such folder"),
                                      (tmp_path, images, "found 0"), (run, other, "no image"), (run, broken, "none of the 1 files")):
-        assert adapted(run_folder, folder, tmp_path / "y") == 2
+        assert adapted(run_folder, folder, tmp_path / "y") == (1 if folder is broken else 2)
         error = capsys.readouterr().err.splitlines()
         assert part in error[-1] and len(error) == 1 + (folder is broken) and not list(tmp_path.glob("y*"))
 

@@ -1091,7 +1091,7 @@ def open_folder(out: Path, settings: dict, overwrite: bool, resume: bool = False
     if file.is_file():
         if resume:
             before = read_json(file)
-            for name in [*settings, *before]:
+            for name in {**before, **settings}:
                 if before.get(name) != settings.get(name):
                     raise WrongUse(f"{folder} holds an unfinished run with another setting, {name} {before.get(name)} "
                                    f"instead of {settings.get(name)}; say --overwrite to begin anew, or another --out")
