@@ -2339,7 +2339,7 @@ class Benchmark:
                 module.register_forward_pre_hook(lambda m, inputs: shapes.update({m: inputs[0].shape}))
         plain(self.images(self.batch))
         totals = np.zeros(4)
-        print(f"{'input':22}{'layer':26}{'loop':>8}{'ours':>8}{'plain':>8}{'plain c.l.':>11}{'loop/ours':>11}{'ours/plain':>11}")
+        print(f"{'input':22}{'layer':26}{'loop':>8}{'ours':>8}{'plain':>8}{'plain c.l.':>11}{'loop/ours':>11}{'ours/plain':>11}{'ours/c.l.':>10}")
         for conv, shape in shapes.items():
             conv._forward_pre_hooks.clear()
             routed = router.build_routed([conv] * 6)
@@ -2368,7 +2368,7 @@ class Benchmark:
     @staticmethod
     def layer_line(shape: str, kind: str, took) -> None:
         loop, ours, plain, last = took
-        print(f"{shape:22}{kind:26}{loop:8.1f}{ours:8.1f}{plain:8.1f}{last:11.1f}{loop / ours:11.2f}{ours / plain:11.2f}")
+        print(f"{shape:22}{kind:26}{loop:8.1f}{ours:8.1f}{plain:8.1f}{last:11.1f}{loop / ours:11.2f}{ours / plain:11.2f}{ours / last:10.2f}")
 
     def routed(self, experts: int, **changes) -> router.RoutedNetwork:
         """Ready for a step; two networks serve as all experts, so that originals take no memory."""
@@ -2542,7 +2542,7 @@ def benchmark(argv: list[str] | None = None) -> None:
     for device in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
         where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
         print(f"\n{where}, torch {torch.__version__}; medians in milliseconds, c.l. = channels last")
-        Benchmark(device, args.quick).run(args.picture)
+        Benchmark(device, args.quick).run(args.picture if device == "cpu" else None)
 
 
 if __name__ == "__main__":

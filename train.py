@@ -962,7 +962,7 @@ def adapt_in(folder: Path, args: argparse.Namespace, out: Path, routed: router.R
             if mask_file:  # now, not after an hour
                 data.read_truth(mask_file, values, known["kind"], pixels.shape[:3], known["classes"])
         except (ValueError, OSError) as error:
-            print(f"not scored: {error}", file=sys.stderr)
+            complain(f"not scored: {error}")
             mask_file = None
         stored.append(inputs)
         sources.append((file, mask_file, len(inputs)))
@@ -1096,7 +1096,7 @@ def open_folder(out: Path, settings: dict, overwrite: bool, resume: bool = False
                     raise WrongUse(f"{folder} holds an unfinished run with another setting, {name} {before.get(name)} "
                                    f"instead of {settings.get(name)}; say --overwrite to begin anew, or another --out")
             return True
-        if not overwrite and proof == "results.json":
+        if not overwrite and "adapt" not in read_json(file):  # an adaptation begins anew
             raise WrongUse(f"{folder} holds an unfinished run; say --resume to go on with it, --overwrite to begin anew")
         with working_in(folder):
             shutil.rmtree(folder)
