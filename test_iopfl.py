@@ -12,6 +12,7 @@ import json
 import math
 import os
 import re
+import shlex
 import shutil
 import statistics
 import subprocess
@@ -331,6 +332,75 @@ def test_participation(tmp_path, on_disk):
     for share in (0, 1.5, float("nan")):
         with pytest.raises(ValueError, match="participation must lie in"):
             next(iopfl.federate(model, clients, 1, participation=share))
+
+
+@pytest.mark.parametrize("methods", [["fedavg", "iopfl", "ditto", "global-alpha=0.7"], ["fedbn"], ["local"], ["centralised"]])
+def test_a_federation_goes_on_after_any_round(methods):
+    """From number, global state and memory alone, bit for bit; what was yielded before does not change."""
+    methods = {name: (iopfl.METHODS | train.INSIDE_ABLATIONS)[name] for name in methods}
+    clients, share = toy_clients(3), 0.6 if "fedavg" in methods else 1
+    whole = list(iopfl.federate(UNet(1, 2, 2, 1, seeded()), clients, 4, methods, participation=share))
+    for done in (1, 3, 4):
+        before = copy.deepcopy(whole[done - 1])
+        first, *more = iopfl.federate(UNet(1, 2, 2, 1, seeded()), clients, 4, methods, participation=share,
+                                      memory=dict(before.memory), after=(done, before.global_state))
+        assert first.number == done and [last.number for last in more] == list(range(done + 1, 5))
+        assert all(last.losses == again.losses for last, again in zip(whole[done:], more))
+        last = [first, *more][-1]
+        for name in clients:
+            for method in methods:
+                one, two = (of.own(method, name) for of in (last, whole[-1]))
+                assert one.keys() == two.keys() and all(torch.equal(one[entry], two[entry]) for entry in one)
+        assert all(torch.equal(last.global_state[entry], value) for entry, value in whole[-1].global_state.items())
+        if done < 4:
+            assert first.number == before.number and all(
+                torch.equal(value, before.global_state[entry]) for entry, value in first.global_state.items())
+
+
+def test_the_order_of_the_clients_changes_rounding_alone():
+    clients = toy_clients(4, dtype=torch.float64)
+    for share in (1.0, 0.5):
+        one, two = ([*iopfl.federate(UNet(1, 2, 2, 1, seeded()).double(), {name: clients[name] for name in names}, 3,
+                                     participation=share)][-1] for names in (clients, reversed(clients)))
+        assert one.losses.keys() == two.losses.keys() and [*two.losses] == [*reversed(one.losses)]
+        for name in clients:
+            a, b = one.own("iopfl", name), two.own("iopfl", name)
+            assert all(torch.allclose(a[entry].double(), b[entry].double(), rtol=0, atol=1e-9) for entry in a)
+
+
+def test_the_weights_of_those_present_sum_to_one(monkeypatch):
+    """Where a client is missing for whatever reason: with equal models the mean is that model."""
+    monkeypatch.setattr(iopfl, "draw_clients", lambda names, *_: [name for name in names if name != "client1"])
+    monkeypatch.setattr(iopfl, "train_local", lambda *_, **__: 0.0)
+    model = UNet(1, 2, 2, 1, seeded()).double()
+    start = iopfl.snapshot(model)
+    *_, last = iopfl.federate(model, toy_clients(3, dtype=torch.float64), 2)
+    assert [*last.losses] == ["client0", "client2"] and [*last.memory] == ["client0", "client2"]
+    assert all(torch.allclose(last.global_state[entry], value, rtol=1e-14) for entry, value in start.items())
+
+
+@pytest.mark.parametrize("method", ["fedavg", "local", "fedbn", "ditto", "centralised"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_client_whose_model_is_not_finite_is_named_and_never_averaged(method, value):
+    """Also where its layers stay, or its own model alone is bad; the round before stays as it is."""
+    clients, rounds, calls = toy_clients(3), [], []
+
+    def spoil(model, images, *positional, train_local=iopfl.train_local, **options):
+        loss = train_local(model, images, *positional, **options)
+        calls.append(len(images))
+        own = method != "ditto" or options.get("anchor") is not None
+        if len(rounds) == 1 and len(images) in (5, 15) and own:
+            with torch.no_grad():
+                model.encoder[0][1].weight[1] = value  # of BatchNorm
+        return loss
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ValueError) as caught:
+        patch.setattr(iopfl, "train_local", spoil)
+        for last in iopfl.federate(UNet(1, 2, 2, 1, seeded()), clients, 3, {"it": iopfl.METHODS[method]}):
+            rounds.append(last)
+    name = "pooled" if method == "centralised" else "client1"
+    assert str(caught.value) == f"client {name} in round 2, entry 'encoder.0.1.weight': not every value is finite"
+    assert len(rounds) == 1 and all(v.isfinite().all() for name in clients for v in rounds[0].own("it", name).values())
 
 
 def test_share_out_balances_the_work():
@@ -1712,6 +1782,67 @@ def test_killed_at_ten_moments_a_run_ends_as_if_never_interrupted(tmp_path, more
     assert len(lines) == 10 and lines.count("9 False") >= 8 and {*lines} <= {"9 False", "ended True", "9 True"}, lines
     assert same_files(tmp_path / "run", tmp_path / "whole")
     assert "read from the disk" in (tmp_path / "log").read_text()
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+    argv = [*TINY, "--rounds", "3", "--out", str(tmp_path / "a run")]
+    calls, train_local = [], iopfl.train_local
+
+    def interrupted(*positional, **options):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return train_local(*positional, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(iopfl, "train_local", interrupted)
+        assert train.main(argv) == 130
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("train.py: interrupted; go on with: python ")
+    command = shlex.split(line.split("go on with: ")[1])
+    assert command[2:] == [*argv, "--resume"]
+    calls.clear()
+    monkeypatch.setattr(iopfl, "train_local", lambda *p, **o: calls.append(1) or train_local(*p, **o))
+    assert train.main(command[2:]) == 0 and len(calls) == 4  # of two hospitals, rounds 2 and 3
+    assert train.main([*argv[:-1], str(tmp_path / "whole")]) == 0
+    assert same_files(tmp_path / "a run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("threads", ["1", "2", "3"])
+def test_the_same_number_of_threads_gives_the_same_bytes(tmp_path, threads):
+    argv = [*TINY, "--size", "32", "--width", "8", "--rounds", "2", "--threads", threads, "--out"]
+    try:
+        assert [train.main([*argv, str(tmp_path / name)]) for name in "ab"] == [0, 0]
+        assert torch.get_num_threads() == int(threads)
+    finally:
+        torch.set_num_threads(1)
+    assert same_files(tmp_path / "a", tmp_path / "b")
+    assert json.loads((tmp_path / "a" / "results.json").read_text())["environment"]["threads"] == int(threads)
+
+
+def test_changed_images_are_another_experiment(tmp_path, monkeypatch, capsys):
+    """Content, name or number of the files; what is not read does not count."""
+    for name in "abc":
+        write_site(tmp_path / "root", name, 5, grey=True)
+    argv = [*TINY, "--root", str(tmp_path / "root"), "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(router, "adapt", lambda *_, **__: 1 / 0)
+        assert train.main(argv) == 1
+    capsys.readouterr()
+    image, mask = (next((tmp_path / "root" / "a" / kind).glob("*00*")) for kind in ("images", "masks"))
+    before = image.read_bytes()
+    pixels = np.array(Image.open(image))
+    pixels[0, 0] ^= 1
+    Image.fromarray(pixels).save(image)
+    refused(capsys, tmp_path, [*argv, "--resume"], "another setting", "content")
+    image.write_bytes(before)
+    for file in (image, mask):
+        file.rename(file.with_stem("zz"))
+    refused(capsys, tmp_path, [*argv, "--resume"], "another setting", "content")
+    for file in (image, mask):
+        file.with_stem("zz").rename(file)
+    (tmp_path / "root" / "notes.txt").write_text("not read")
+    assert train.main([*argv, "--resume"]) == 0
 
 
 def test_processes_side_by_side_give_the_same_rows(tmp_path):
