@@ -15,9 +15,12 @@ import re
 import shlex
 import shutil
 import statistics
+import struct
 import subprocess
 import sys
 import time
+import warnings
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -969,6 +972,74 @@ def test_leash_pulls_half_of_the_way_back(monkeypatch, change, back):
         assert torch.allclose(ends[0][name], start + 0.5 * (free - start) if back else free, atol=1e-12)
 
 
+def unchanged(routed, state) -> bool:
+    return all(torch.equal(value, state[entry]) for entry, value in routed.state_dict().items())
+
+
+@pytest.mark.parametrize("online", [False, True])
+def test_a_step_that_is_not_finite_is_left_out(monkeypatch, online):
+    """In value or gradient: nothing moves, neither the optimiser, and a warning says so."""
+    x, losses, routed = images(8), [], router.build_routed(experts(), None, seeded())
+
+    def spoilt(*positional, adaptation_loss=router.adaptation_loss):
+        loss, probabilities = adaptation_loss(*positional)
+        losses.append(copy.deepcopy(routed.state_dict()))
+        bad = {1: loss * math.nan, 3: loss + 0 * (loss - loss.detach()).sqrt()}  # 3: only its gradient
+        return bad.get(len(losses), loss), probabilities
+
+    monkeypatch.setattr(router, "adaptation_loss", spoilt)
+    options = {"generator": seeded(), "online": online}
+    with pytest.warns(UserWarning, match="the step is left out"):
+        probabilities = torch.cat([router.adapt(routed, x, **options), *(router.adapt(routed, x, **options) for _ in range(online))])
+    assert probabilities.isfinite().all() and len(losses) == (4 if online else 6)
+    moved = [any(not torch.equal(value, after[name]) for name, value in before.items() if "router" in name)
+             for before, after in zip(losses, losses[1:])]
+    assert moved[:4] == [False, True, False, True][:len(moved)]
+
+
+def test_images_that_are_not_finite_change_nothing():
+    routed = router.build_routed(experts(), None, seeded())
+    router.adapt(routed, images(4), generator=seeded())
+    before = copy.deepcopy(routed.state_dict())
+    for value in (math.nan, math.inf):
+        x = images(9)
+        x[7, 0, 3, 3] = value
+        for online in (False, True):
+            with pytest.raises(ValueError, match="image 7 holds values that are not finite"):
+                router.adapt(routed, x, generator=seeded(), online=online)
+            assert unchanged(routed, before)
+    with pytest.raises(ValueError, match="no images"):
+        router.adapt(routed, images(9)[:0], generator=seeded())
+    models = experts()
+    models[1].head.bias.data[0] = math.inf
+    with pytest.raises(ValueError, match="model 1, 'head.bias': not every value is finite"):
+        router.build_routed(models)
+
+
+@pytest.mark.parametrize("online", [False, True])
+@pytest.mark.parametrize("settings", [router.RoutingSettings(entropy=0.1), router.AUTHORS])
+def test_adapting_to_one_image_to_nothing_but_background_and_to_a_changing_stream(settings, online):
+    """Finite throughout; and whatever happened, `reset` brings the start back bit for bit."""
+    background = experts()
+    for model in background:
+        with torch.no_grad():
+            model.head.weight.zero_()
+            model.head.bias.copy_(torch.tensor([60.0, -60.0]))
+    constant = torch.full((3, 1, 12, 12), 2.0, dtype=torch.float64)
+    stream = torch.cat([images(6), 50 * images(5, seed=3) - 200, 0 * images(2)])
+    for models, x in ((experts(), images(1)), (background, images(5)), (experts(), constant), (experts(), stream)):
+        routed = router.build_routed(models, settings, seeded())
+        before = copy.deepcopy(routed.state_dict())
+        probabilities = router.adapt(routed, x, generator=seeded(), online=online)
+        assert probabilities.shape == (len(x), 2, 12, 12) and probabilities.isfinite().all()
+        assert all(value.isfinite().all() for value in routed.state_dict().values())
+        assert models is not background or (probabilities.argmax(dim=1) == 0).all()
+        assert not unchanged(routed, before)
+        routed.reset()
+        assert unchanged(routed, before)
+        assert torch.equal(router.adapt(routed, x, generator=seeded(), online=online), probabilities)
+
+
 def test_starts_best_and_site_routing():
     x = images(5)
     routed = router.build_routed(experts(), router.RoutingSettings(start="best", statistics="running", passes=0))
@@ -1198,6 +1269,31 @@ def _constant(root):
             Image.fromarray(np.zeros((32, 32), np.uint8)).save(file)
 
 
+def _instead(file, make) -> None:
+    file.unlink()
+    make(file)
+
+
+def _bomb(file, pixels=10_000) -> None:
+    Image.new("1", (pixels, pixels)).save(file)
+
+
+def _huge_header(file) -> None:
+    """A sound PNG header of 100,000 × 100,000 pixels; a checksum belongs to it."""
+    content = bytearray(file.read_bytes())
+    content[16:24] = struct.pack(">II", 100_000, 100_000)
+    content[29:33] = struct.pack(">I", zlib.crc32(content[12:29]))
+    file.write_bytes(content)
+
+
+def _floats(file, value) -> None:
+    """An image or mask of floating point values in the place of a PNG."""
+    values = np.zeros((32, 32), np.float32)
+    values[3, 4] = value
+    Image.fromarray(values).save(file.with_suffix(".tif"))
+    file.unlink()
+
+
 SITE_ERRORS = {  # what is spoilt in a root of two sound sites, the mask values given, parts of the message
     "missing mask": (lambda r: (r / "a/masks/01.png").unlink(), None,
                      ["{r}/a/images/01.png", "{r}/a/masks/01.png", "1 of 5 images"]),
@@ -1214,6 +1310,23 @@ SITE_ERRORS = {  # what is spoilt in a root of two sound sites, the mask values 
     "RGB mask": (lambda r: _mask(r, np.eye(32)[:, :, None] * [1, 0, 1]), None, ["{r}/a/masks/01.png", "one channel", "RGB"]),
     "too few images": (_too_few, None, ["'a'", "2 images", "at least 4"]),
     "constant masks": (_constant, None, ["{r}", "every mask pixel is 0", "two classes"]),
+    "empty file": (lambda r: (r / "a/images/01.png").write_bytes(b""), None, ["{r}/a/images/01.png", "not a readable image"]),
+    "a pipe": (lambda r: _instead(r / "a/images/01.png", os.mkfifo), None, ["{r}/a/images/01.png", "not a file"]),
+    "a folder": (lambda r: _instead(r / "a/images/01.png", Path.mkdir), None, ["{r}/a/images/01.png", "not a file"]),
+    "a loop of links": (lambda r: _instead(r / "a/images/01.png", lambda f: f.symlink_to(f.name)), None,
+                        ["{r}/a/images/01.png", "not a readable image"]),
+    "a loop of links for a mask": (lambda r: _instead(r / "a/masks/01.png", lambda f: f.symlink_to(f.name)), None,
+                                   ["{r}/a/masks/01.png", "not a readable image"]),
+    "bomb": (lambda r: _bomb(r / "a/images/01.png"), None, ["{r}/a/images/01.png", "decompression bomb"]),
+    "larger bomb": (lambda r: _huge_header(r / "a/images/01.png"), None, ["{r}/a/images/01.png", "decompression bomb"]),
+    "NaN": (lambda r: _floats(r / "a/images/01.png", math.nan), None, ["{r}/a/images/01.tif", "not finite"]),
+    "infinity": (lambda r: _floats(r / "a/images/01.png", math.inf), None, ["{r}/a/images/01.tif", "not finite"]),
+    "a fraction in a mask": (lambda r: _floats(r / "a/masks/01.png", 0.5), None, ["{r}/a/masks/01.tif", "whole numbers"]),
+    "NaN in a mask": (lambda r: _floats(r / "a/masks/01.png", math.nan), None, ["{r}/a/masks/01.tif", "whole numbers"]),
+    "a negative class": (lambda r: _floats(r / "a/masks/01.png", -1), None, ["{r}/a/masks/01.tif", "from 0"]),
+    "a photograph for a mask": (lambda r: _mask(r, np.arange(1024).reshape(32, 32) % 256), None,
+                                ["{r}", "256 different values", "--mask-values"]),
+    "a name that cannot be printed": (lambda r: (r / "a").rename(r / "a\nb"), None, ["{r}", "'a\\nb'", "rename it"]),
 }
 
 
@@ -2051,6 +2164,164 @@ def test_bfloat16_trains_and_adapts_nearly_like_float32(tmp_path):
         assert train.main([*TINY, "--precision", precision, "--out", str(tmp_path / precision)]) == 0
     one, two = (torch.load(tmp_path / p / "seed0-Cedar" / "global.pt", weights_only=True) for p in ("fp32", "bf16"))
     assert any(not torch.equal(one[entry], two[entry]) for entry in one)
+
+
+def odd_sites(root) -> None:
+    """Hospitals without the structure, with nothing else, with constant images, of one image to train with."""
+    for name in ("empty", "full", "constant", "few", "usual"):
+        folder = write_site(root, name, 4, size=32, grey=True)
+        for file in (folder / "masks").iterdir():
+            value = {"empty": 0, "full": 1}.get(name)
+            if value is not None:
+                Image.new("L", (32, 32), value).save(file)
+        if name == "constant":
+            for file in (folder / "images").iterdir():
+                Image.new("L", (20, 27), 7).save(file)
+                Image.new("L", (20, 27), 1).save(folder / "masks" / file.name)
+    for kind in ("images", "masks"):  # train 0, val 1, test 2; the fourth goes
+        for number, part in enumerate(("train", "val", "test")):
+            (root / "few" / part / kind).mkdir(parents=True)
+            (root / "few" / kind / f"0{number}.png").rename(root / "few" / part / kind / "x.png")
+        shutil.rmtree(root / "few" / kind)
+
+
+def test_degenerate_hospitals(tmp_path, capsys):
+    odd_sites(tmp_path / "root")
+    argv = [*TINY, "--root", str(tmp_path / "root"), "--lr", "1e-2", "--out"]
+    assert train.main([*argv, str(tmp_path / "out"), "--hold-out", "all", "--rounds", "2"]) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "" and re.findall(r"HD95 and ASSD count \d+ of (\d+) masks", captured.out) == ["40", "57"]
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert {row["site"] for row in rows if row["phase"] == "outside"} == {"empty", "full", "constant", "few", "usual"}
+    for row in rows:
+        assert 0 <= row["dice"] <= 1
+        if row["phase"] != "validation":
+            assert (row["hd95"] is None) == (row["assd"] is None) == (row["distance_cases"] == 0)
+        if row["site"] == "empty" and row["phase"] == "outside":  # per case: nothing found, 1, or something, 0
+            assert row["dice"] == pytest.approx(1 - row["distance_cases"] / row["cases"])
+            assert row["hd95"] in (None, pytest.approx(16 * 2**0.5))
+    for file in (tmp_path / "out").rglob("*.pt"):
+        assert all(value.isfinite().all() for value in torch.load(file, weights_only=True).values())
+    # Two hospitals, one of them inside.
+    assert train.main([*argv, str(tmp_path / "two"), "--root", str(tmp_path / "two sites")]) == 2
+    for name in ("full", "usual"):
+        shutil.copytree(tmp_path / "root" / name, tmp_path / "two sites" / name)
+    assert train.main([*argv, str(tmp_path / "two"), "--root", str(tmp_path / "two sites")]) == 0
+    capsys.readouterr()
+    refused(capsys, tmp_path, [*argv, str(tmp_path / "x"), "--depth", "4"], "site few", "1 images", "--depth")
+    refused(capsys, tmp_path, [*argv, str(tmp_path / "x"), "--depth", "4", "--batch-size", "1"], "batch of one")
+
+
+def test_volume_of_too_many_voxels_is_not_read(tmp_path, monkeypatch):
+    write_volumes(tmp_path, {"BMC": 4})
+    monkeypatch.setattr(data, "MOST_VOXELS", 24 * 20 * 5 - 1)
+    with pytest.raises(ValueError, match="Case00.nii.gz: .* at most 2399 voxels is expected, found 24×20×5"):
+        data.load_folder(tmp_path, 16)
+
+
+class Evil:
+    """Executed by a loader that trusts its file."""
+
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+def _entry(file, change) -> None:
+    state = torch.load(file, weights_only=True)
+    change(state)
+    torch.save(state, file)
+
+
+def _results(run, change) -> None:
+    results = json.loads((run / "results.json").read_text())
+    change(results)
+    (run / "results.json").write_text(json.dumps(results))
+
+
+def _flip(file) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 255
+    file.write_bytes(content)
+
+
+RUN_ERRORS = {  # what is spoilt in a run, parts of the message
+    "cut": (lambda r, g: _cut(g), ["global.pt", "damaged"]),
+    "empty": (lambda r, g: g.write_bytes(b""), ["global.pt", "damaged"]),
+    "text": (lambda r, g: g.write_text("weights"), ["global.pt", "damaged"]),
+    "code": (lambda r, g: torch.save(Evil(), g), ["global.pt", "damaged"]),
+    "bit flipped": (lambda r, g: _flip(g), ["global.pt"]),
+    "another object": (lambda r, g: torch.save([1], g), ["global.pt", "damaged"]),
+    "missing entry": (lambda r, g: _entry(g, lambda s: s.pop("head.bias")), ["global.pt", "'head.bias' is nothing"]),
+    "more": (lambda r, g: _entry(g, lambda s: s.update(x=torch.ones(1))), ["global.pt", "'x'", "expected nothing"]),
+    "shape": (lambda r, g: _entry(g, lambda s: s.update({"head.bias": torch.ones(3)})), ["global.pt", "'head.bias' is ((3,)"]),
+    "type": (lambda r, g: _entry(g, lambda s: s.update({"head.bias": torch.ones(2).long()})), ["'head.bias'", "int64"]),
+    "NaN": (lambda r, g: _entry(g, lambda s: s["head.bias"].fill_(math.nan)), ["global.pt", "'head.bias'", "not every value is finite"]),
+    "no model": (lambda r, g: [f.unlink() for f in r.rglob("*.pt")], ["found 0"]),
+    "results cut": (lambda r, g: _cut(r / "results.json"), ["results.json", "damaged"]),
+    "results of another kind": (lambda r, g: (r / "results.json").write_text("[1]"), ["results.json", "not written"]),
+    "older results": (lambda r, g: _results(r, lambda f: f.pop("data")), ["results.json", "older version", "train again"]),
+    "width": (lambda r, g: _results(r, lambda f: f["config"].update(width=5)), ["'encoder.0.0.weight'"]),
+    "huge width": (lambda r, g: _results(r, lambda f: f["config"].update(width=10**9)), ["width is 1000000000"]),
+    "text for a number": (lambda r, g: _results(r, lambda f: f["config"].update(depth="1")), ["results.json", "depth is 1"]),
+    "settings": (lambda r, g: _results(r, lambda f: f["config"]["outside"]["routing"]["settings"].update(lr="x")), ["lr"]),
+    "strange settings": (lambda r, g: _results(r, lambda f: f["config"]["outside"]["routing"]["settings"].update(x=1)), ["'x'"]),
+}
+
+
+@pytest.mark.parametrize("spoil, parts", RUN_ERRORS.values(), ids=RUN_ERRORS)
+def test_damaged_runs_are_refused(folder_run, tmp_path, monkeypatch, capsys, spoil, parts):
+    root, run = folder_run
+    shutil.copytree(run, tmp_path / "run")
+    monkeypatch.chdir(tmp_path)
+    spoil(tmp_path / "run", tmp_path / "run" / "seed0-c" / "global.pt")
+    refused(capsys, tmp_path, ["--adapt", "run", "--images", str(root / "c" / "images"), "--out", "x"], *parts,
+            status=2 if parts == ["found 0"] else 1)
+
+
+def test_damaged_states_of_unfinished_runs_are_refused(tmp_path, monkeypatch, capsys):
+    argv = [*TINY, "--rounds", "2", "--out", str(tmp_path / "run"), "--resume"]
+    with monkeypatch.context() as patch:
+        patch.setattr(router, "adapt", lambda *_, **__: 1 / 0)
+        assert train.main(argv) == 1
+    capsys.readouterr()
+    folder = tmp_path / "run.unfinished" / "seed0-Cedar" / "fedavg.rounds"
+    state = folder / "state.pt"
+    assert sorted(file.name for file in folder.iterdir()) == ["2-1.pt", "2-2.pt", "state.pt"]  # Alder's and Birch's
+    for file, spoil, part in ((state, _cut, "damaged"), (state, lambda f: torch.save({"round": 1}, f), "not of this federation"),
+                              (state, lambda f: _entry(f, lambda s: s.update(files={"Nobody": "2-1.pt"})), "not of this"),
+                              (folder / "2-1.pt", _cut, "damaged"), (folder / "2-2.pt", lambda f: torch.save(Evil(), f), "damaged")):
+        before = file.read_bytes()
+        spoil(file)
+        with monkeypatch.context() as patch:
+            patch.setattr(train, "draw_hospitals", lambda *_: None)  # it comes first, and is only a picture
+            refused(capsys, tmp_path, argv, str(file), part, status=1)
+        file.write_bytes(before)
+    assert train.main(argv) == 0
+
+
+def test_a_full_or_read_only_disk(tmp_path):
+    """The run ends with a line; when there is room again it goes on. Nothing is written elsewhere."""
+    script = """
+        set -u
+        mount -t tmpfs -o size=150k none disk && cd disk || exit 77
+        "$@" --out run > ../log 2> ../full; echo $? >> ../full; ls -A | sort > ../left
+        mount -o remount,ro . && "$@" --out run --resume > ../log 2> ../readonly; echo $? >> ../readonly
+        mount -o remount,rw,size=50m . && "$@" --out run --resume > ../log 2> ../again; echo $? >> ../again
+        ls -A >> ../again; cp -r run ..
+    """
+    (tmp_path / "disk").mkdir()
+    argv = [sys.executable, HERE / "train.py", *TINY, "--rounds", "3", "--threads", "1"]
+    done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *map(str, argv)], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=100) if shutil.which("unshare") else SimpleNamespace(returncode=77)
+    if done.returncode:
+        pytest.skip("the system allows no small disk")
+    for name, text in (("full", "No space left on device"), ("readonly", "Read-only file system")):
+        line, status = (tmp_path / name).read_text().splitlines()
+        assert line.startswith("train.py: ") and text in line and status == "1"
+    assert (tmp_path / "left").read_text().split() == ["run.unfinished"]
+    assert (tmp_path / "again").read_text().split() == ["0", "run"]
+    assert train.main([*map(str, argv[2:]), "--out", str(tmp_path / "whole")]) == 0
+    assert same_files(tmp_path / "run", tmp_path / "whole")
 
 
 # ---------------------------------------------------------------- a hospital with unlabelled images alone
