@@ -670,7 +670,7 @@ def read_image(path: Path) -> np.ndarray:
         image = image.convert("L")
     grey = image.mode in ("1", "L") or image.mode[0] in "IF"
     with decoding(path):
-        pixels = np.asarray(image if grey else image.convert("RGB"), dtype=np.float32)
+        pixels = np.array(image if grey else image.convert("RGB"), dtype=np.float32)
         if not np.isfinite(pixels).all():
             raise ValueError("it holds values that are not finite")
     return pixels.reshape(*pixels.shape[:2], -1)
@@ -709,7 +709,9 @@ def read_volume(path: Path) -> tuple[np.ndarray, tuple[float, ...]]:
         import nibabel
     except ImportError:
         raise ImportError(f"{path}: NIfTI files need nibabel; pip install nibabel") from None
-    with decoding(path):
+    # A header that has to be repaired is an error, since its axes might be others; our message says so.
+    nibabel.imageglobals.logger.setLevel(100)
+    with decoding(path), nibabel.imageglobals.ErrorLevel(30):
         file = nibabel.load(path)
         if len(file.shape) != 3 or not 0 < np.prod(file.shape, dtype=float) <= MOST_VOXELS:
             raise ValueError(f"a volume of three dimensions and at most {MOST_VOXELS} voxels is expected, "

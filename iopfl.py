@@ -348,9 +348,16 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
 
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
-    """Class indices (N, H, W) of images (N, C, H, W), by `model` in evaluation mode."""
+    """Class indices (N, H, W) of images (N, C, H, W), by `model` in evaluation mode. Raises ValueError where a logit
+    is not finite."""
     model.eval()
-    return torch.cat([model(batch).argmax(dim=1) for batch in images.split(batch_size)])
+    classes = []
+    for batch in images.split(batch_size):
+        logits = model(batch)
+        if not logits.isfinite().all():
+            raise ValueError("predict: not every logit is finite; training may have diverged")
+        classes.append(logits.argmax(dim=1))
+    return torch.cat(classes)
 
 
 # ---------------------------------------------------------------- evaluation (M9)

@@ -588,9 +588,13 @@ def adapt_batches(routed: RoutedNetwork, images: Tensor, *, generator: torch.Gen
 
 @torch.no_grad()
 def predict(routed: RoutedNetwork, images: Tensor) -> Tensor:
-    """Probabilities (N, C, H, W) of images (N, C_in, H, W), dropout off, in batches of `settings.batch_size`."""
+    """Probabilities (N, C, H, W) of images (N, C_in, H, W), dropout off, in batches of `settings.batch_size`.
+    Raises ValueError where one is not finite."""
     routed.eval()
-    return torch.cat([routed.probabilities(batch) for batch in images.split(routed.settings.batch_size)])
+    probabilities = torch.cat([routed.probabilities(batch) for batch in images.split(routed.settings.batch_size)])
+    if not probabilities.isfinite().all():
+        raise ValueError("predict: not every probability is finite; the experts' training may have diverged")
+    return probabilities
 
 
 @torch.no_grad()

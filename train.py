@@ -19,6 +19,7 @@ import copy
 import csv
 import ctypes
 import fcntl
+import hashlib
 import io
 import itertools
 import json
@@ -229,11 +230,13 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
         parser.error("--masks and --online go with --adapt")
     if args.adapt and (args.root or args.list):
         parser.error("--adapt takes its images from --images; leave out --root and --list")
+    if args.out == "":
+        parser.error("--out must not be empty")
     if args.resume and (args.adapt or args.list):
         parser.error("--resume goes with training")
     for name in ("root", "images", "masks", "adapt"):
         path = getattr(args, name)
-        if path is not None and not Path(path).is_dir():
+        if path is not None and not (path and Path(path).is_dir()):
             parser.error(f"--{name} {path}: no such folder")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -258,7 +261,7 @@ def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
     """The hospitals to hold out in turn; None stands for a federation of all."""
     if choice == "none":
         return [None]
-    chosen = names if choice == "all" else [choice or names[-1]]
+    chosen = names if choice == "all" else [names[-1] if choice is None else choice]
     if chosen[0] not in names:
         raise WrongUse(f"--hold-out {choice}: no such site; there are {', '.join(names)}, or all, or none")
     if len(names) < 2:
@@ -353,39 +356,39 @@ def write(path: Path, content: bytes) -> None:
     os.close(folder)
 
 
-def save(path: Path, state: dict) -> None:
-    """A state on the CPU, readable by `torch.load(path, weights_only=True)`."""
+def save(path: Path, state: dict) -> str:
+    """A state on the CPU, readable by `torch.load(path, weights_only=True)`; returns the file's digest."""
     buffer = io.BytesIO()
     torch.save({name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}, buffer)
     write(path, buffer.getvalue())
+    return hashlib.sha256(buffer.getvalue()).hexdigest()
 
 
-def load(path: Path, device: str = "cpu", like: iopfl.State | None = None) -> dict:
+def load(path: Path, device: str = "cpu", like: iopfl.State | None = None, digest: str | None = None) -> dict:
     """What `save` wrote; with `like` a state of these entries, shapes and types, all finite. Nothing in the file is
     executed."""
+    content = path.read_bytes()
     try:
-        with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums
-            if archive.testzip():
-                raise ValueError("checksum")
-        state = torch.load(path, map_location=device, weights_only=True)
-        state.items()
-    except OSError:
-        raise
+        if digest and hashlib.sha256(content).hexdigest() != digest:
+            raise ValueError
+        if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch does not look at the checksums
+            raise ValueError
+        state = dict(torch.load(io.BytesIO(content), map_location=device, weights_only=True))
     except Exception as error:  # of many kinds: what is wrong may be the archive, its index or a tensor
         raise ValueError(f"{path}: damaged, or not written by this script ({type(error).__name__})") from None
-    if like is not None:
-        for entry in [*like, *(entry for entry in state if entry not in like)]:
-            shapes = [(tuple(of[entry].shape), of[entry].dtype) if isinstance(of.get(entry), Tensor) else "nothing"
-                      for of in (state, like)]
-            if shapes[0] != shapes[1]:
-                raise ValueError(f"{path}: of another model or version: entry '{entry}' is {shapes[0]}, expected {shapes[1]}")
+    for entry in {**like, **state} if like else ():
+        found, expected = ((tuple(of[entry].shape), of[entry].dtype, of[entry].layout) if isinstance(of.get(entry), Tensor)
+                           else "nothing" for of in (state, like))
+        if found != expected:
+            raise ValueError(f"{path}: of another model or version: entry '{entry}' is {found}, expected {expected}")
+    if like:
         iopfl.check_finite(state, str(path))
     return state
 
 
 class Shelf(UserDict):
-    """The `memory` of a federation in a folder: each client's part in a file of its own, and state.pt, written last,
-    which names those that belong together. spare: what is not in use is on disk alone."""
+    """The `memory` of a federation in a folder: each client's part in a file of its own, and state.json, written last,
+    which says with their digests those that belong together. spare: what is not in use is on disk alone."""
 
     def __init__(self, folder: Path, device: str, names: list[str], spare: bool):
         super().__init__()
@@ -394,34 +397,36 @@ class Shelf(UserDict):
 
     def __setitem__(self, name: str, kept: dict[str, dict]) -> None:
         file = f"{self.round}-{self.places[name]}.pt"
-        save(self.folder / file, kept)
-        self.data[name] = self.fresh[name] = file
+        self.data[name] = self.fresh[name] = [file, save(self.folder / file, kept)]
         self.read[name] = None if self.spare else kept
 
     def __getitem__(self, name: str) -> dict[str, dict]:
         kept = self.read.get(name)
         if kept is None:
-            kept = load(self.folder / self.data[name], self.device)
+            file, digest = self.data[name]
+            kept = load(self.folder / file, self.device, digest=digest)
             self.read[name] = None if self.spare else kept
         return kept
 
-    def open(self, like: iopfl.State) -> tuple[int, iopfl.State] | None:
+    def open(self) -> tuple[int, iopfl.State] | None:
         """Number and global state of the last whole round, if there is one; what came after it is removed. All
         processes must call it."""
         first_alone(lambda: self.folder.mkdir(parents=True, exist_ok=True))
-        file, after = self.folder / "state.pt", None
-        if file.is_file():
-            state = load(file, self.device)
+        path, after, files = self.folder / "state.json", None, set()
+        if path.is_file():
+            state = read_json(path)
             try:
-                after, self.data, self.round = (state["round"], state["global_state"]), dict(state["files"]), state["round"] + 1
-                fits = all(value.shape == like[entry].shape for entry, value in after[1].items()) and set(self.data) <= set(self.places)
-            except (LookupError, TypeError, ValueError, AttributeError):
+                number, (file, digest), self.data = state["round"], state["global"], dict(state["clients"])
+                files = {file, *(own for own, _ in self.data.values())}
+                fits = file == f"{int(number)}.pt" and all(own == f"{int(own.split('-')[0])}-{self.places[name]}.pt"
+                                                           for name, (own, _) in self.data.items())
+            except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
                 fits = False
             if not fits:
-                raise ValueError(f"{file}: not of this federation; --overwrite begins anew")
+                raise ValueError(f"{path}: damaged, or not of this federation; --overwrite begins anew")
+            after, self.round = (number, load(self.folder / file, self.device, digest=digest)), number + 1
         of_all(None)  # all have read
-        first_alone(lambda: [other.unlink() for other in self.folder.iterdir() if other.name not in
-                             {"state.pt", *self.data.values()}])
+        first_alone(lambda: [other.unlink() for other in self.folder.iterdir() if other.name not in {path.name, *files}])
         return after
 
     def keep(self, last: iopfl.Round) -> None:
@@ -429,15 +434,16 @@ class Shelf(UserDict):
         parent = parent_process()
         if parent and not parent.is_alive():
             os._exit(1)  # another one may be at work here by now
-        written = {name: file for part in of_all(self.fresh) for name, file in part.items()}
-        self.data.update(written)
+        self.data.update({name: file for part in of_all(self.fresh) for name, file in part.items()})
         self.fresh, self.round = {}, last.number + 1
         if iopfl.processes()[0] == 0:
-            save(self.folder / "state.pt", {"round": last.number, "global_state": last.global_state, "files": self.data})
-            for file in self.folder.glob("*-*.pt"):
-                number, place = map(int, file.stem.split("-"))
-                if number <= last.number and file.name not in self.data.values():
-                    file.unlink()
+            file = f"{last.number}.pt"
+            state = {"round": last.number, "global": [file, save(self.folder / file, last.global_state)], "clients": self.data}
+            write(self.folder / "state.json", json.dumps(state).encode())
+            needed = {file, *(own for own, _ in self.data.values())}
+            for other in self.folder.glob("*.pt"):  # others may have begun the next round
+                if int(other.stem.split("-")[0]) <= last.number and other.name not in needed:
+                    other.unlink()
 
 
 def of_all(value) -> list:
@@ -502,7 +508,7 @@ def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSe
     model = model.to(args.device, memory_format=torch.channels_last)
     names, found = [site.name for site in inside], []
     shelf = Shelf(task.rounds, args.device, ["pooled", *names], spare=args.participation < 1)
-    after = shelf.open(model.state_dict())
+    after = shelf.open()
     done = after[0] if after else 0
 
     def report(phase: str, method: str, site: data.Site, split: data.Split, prediction: Tensor, **more) -> None:
@@ -899,8 +905,8 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
                      "experts": [*sorted(file.stem.removeprefix("personal-") for file in path.glob("personal-*.pt")), "global"]}
         settings = RoutingSettings(**found["routing"])
         known = {"adapted": adapted, **{key: found[key] for key in (
-            "size", "width", "depth", "channels", "classes", "seed", "kind", "mask_values", "routing", "structures")},
-            "experts": [str(name) for name in found["experts"]], "online": bool(found.get("online"))}
+            "size", "width", "depth", "channels", "classes", "seed", "kind", "mask_values", "structures")},
+            "routing": asdict(settings), "experts": [str(name) for name in found["experts"]], "online": bool(found.get("online"))}
         for key, most in {**MOST, "channels": 3, "classes": 256, "seed": 2**32}.items():
             if type(known[key]) is not int or not (key != "seed") <= known[key] <= most:
                 raise ValueError(f"{key} is {known[key]}")
@@ -1100,7 +1106,7 @@ def open_folder(out: Path, settings: dict, overwrite: bool, resume: bool = False
                     raise WrongUse(f"{folder} holds an unfinished run with another setting, {name} {before.get(name)} "
                                    f"instead of {settings.get(name)}; say --overwrite to begin anew, or another --out")
             return True
-        if not overwrite and "adapt" not in read_json(file):  # an adaptation begins anew
+        if not overwrite and "seeds" in read_json(file):  # an adaptation begins anew
             raise WrongUse(f"{folder} holds an unfinished run; say --resume to go on with it, --overwrite to begin anew")
         with working_in(folder):
             shutil.rmtree(folder)
@@ -1201,9 +1207,7 @@ def main(argv: list[str] | None = None) -> int:
             with autocast(args):
                 return adapt(args, out)
         status = show(args, out) if args.list else train(args, out)
-        if iopfl.processes()[1] > 1:
-            dist.barrier()  # who leaves while others still talk to it may crash
-            dist.destroy_process_group()
+        of_all(status)  # no process leaves while others still talk to it
         return status
     except KeyboardInterrupt:
         going_on = "" if "--adapt" in argv or "--list" in argv else "; go on with: " + shlex.join(
@@ -1292,4 +1296,8 @@ def train_in(folder: Path, args: argparse.Namespace, out: Path, settings: dict, 
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if iopfl.processes()[1] > 1:  # in an orderly end threads of gloo have crashed now and then
+        sys.stdout.flush()
+        os._exit(status)
+    sys.exit(status)
