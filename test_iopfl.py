@@ -1850,7 +1850,7 @@ def test_a_run_stopped_in_the_middle_keeps_the_old_one_and_goes_on(tmp_path, mon
 KILLED = """
 import os, random, signal, sys, time
 sys.path.insert(0, {here!r})
-import torch, train
+import torch, torch._dynamo, train  # _dynamo: an optimiser imports it, once for all children here
 torch.set_num_threads(1)
 moments, starts, argv = random.Random(0), 0, sys.argv[1:]
 
@@ -1894,7 +1894,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(start(None), 0)[1]))
     ["--hold-out", "none", "--methods", "iopfl", "ditto", "fedbn", "centralised", "global-alpha=0.7", "--jobs", "1"]])
 def test_killed_at_ten_moments_a_run_ends_as_if_never_interrupted(tmp_path, more):
     """A real process, killed while it writes a file or at any other moment; nothing finished is half there."""
-    argv = [*TINY, "--rounds", "9", "--evaluate-every", "100", "--threads", "1", *more]
+    argv = [*TINY, "--rounds", "20", "--evaluate-every", "100", "--threads", "1", *more]
     assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     (tmp_path / "killed.py").write_text(KILLED.format(here=str(HERE)))
     done = subprocess.run([sys.executable, "killed.py", *argv, "--resume", "--out", "run"], cwd=tmp_path,
@@ -2119,7 +2119,7 @@ def test_lines_of_rounds_and_participation(tmp_path, capsys):
 
 def test_torchrun_gives_the_same_run_and_survives_a_lost_process(tmp_path):
     """A process that dies ends the others with one line each; the same command, with another number, goes on."""
-    argv = [*TINY, "--sites", "4", "--rounds", "3", "--hold-out", "all", "--threads", "1", "--out"]
+    argv = [*TINY, "--sites", "4", "--rounds", "3", "--threads", "1", "--out"]
     assert train.main([*argv, str(tmp_path / "one"), "--jobs", "1"]) == 0
     (tmp_path / "dying.py").write_text(f"""
 import os, runpy, signal, sys
@@ -2128,7 +2128,7 @@ import iopfl
 calls, train_local = [], iopfl.train_local
 def dying(*positional, **options):
     calls.append(1)
-    if os.environ["RANK"] == "1" and len(calls) == 5:
+    if os.environ["RANK"] == "1" and len(calls) == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return train_local(*positional, **options)
 iopfl.train_local = dying
@@ -2696,8 +2696,9 @@ def test_readme_snippets_run(tmp_path, monkeypatch):
         exec(compile(block, "README.md", "exec"), names)
 
 
-def test_benchmark_runs(tmp_path, capsys):
+def test_benchmark_runs(tmp_path, monkeypatch, capsys):
     """At the smallest size: what it prints is there, no time is judged."""
+    monkeypatch.setattr(Benchmark, "alone", lambda self, function, *positional: function(*positional))
     small = Benchmark("cpu", quick=True)
     small.repeats, small.counts, small.width, small.depth, small.size, small.batch = 1, (2, 4), 2, 1, 8, 2
     small.run(str(tmp_path / "growth.png"))
