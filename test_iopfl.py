@@ -977,6 +977,19 @@ def test_leash_pulls_half_of_the_way_back(monkeypatch, change, back):
         assert torch.allclose(ends[0][name], start + 0.5 * (free - start) if back else free, atol=1e-12)
 
 
+def test_outputs_that_overflow_are_no_masks():
+    model = UNet(1, 2, 2, 1, seeded())
+    model.head.bias.data[0] = 3e38
+    x = torch.ones(2, 1, 8, 8)
+    model.head.weight.data[:] = 1e37
+    model.decoder[0][4].weight.data[:] = 1e5  # the last BatchNorm: each value is finite, what they give is not
+    model.decoder[0][4].bias.data[:] = 1e5
+    with pytest.raises(ValueError, match="not every logit is finite"):
+        iopfl.predict(model, x)
+    with pytest.raises(ValueError, match="not every probability is finite"):
+        router.predict(router.build_routed([model.eval()]), x)
+
+
 def unchanged(routed, state) -> bool:
     return all(torch.equal(value, state[entry]) for entry, value in routed.state_dict().items())
 
@@ -1222,6 +1235,13 @@ def test_given_split_is_kept(tmp_path):
             stored = Image.open(tmp_path / "a" / case.replace("images", "masks"))
             assert np.array_equal(mask.numpy(), np.asarray(stored))
     assert [len(split.cases) for split in splits_of(b)] == [5, 1, 2]
+
+
+def test_large_values_do_not_overflow():
+    """Their squares do not fit into float32."""
+    image = np.array([[0, 1e30], [2e30, 1e30]], dtype=np.float32)
+    assert data.normalise(image) == pytest.approx(data.normalise(image / 1e30), abs=1e-6)
+    assert data.normalise(np.full((3, 3), 7, np.float32)).tolist() == [[0] * 3] * 3
 
 
 def test_drawn_split(tmp_path):
@@ -1497,9 +1517,9 @@ def _shorter(file):
     file.write_bytes(file.read_bytes()[:-200])
 
 
-def _break_header(file):
+def _break_header(file, place, value):
     raw = bytearray(gzip.decompress(file.read_bytes()))
-    raw[70] = 77  # the data type
+    raw[place] = value
     file.write_bytes(gzip.compress(bytes(raw)))
 
 
@@ -1527,7 +1547,8 @@ VOLUME_ERRORS = {
                       ["UCL", "3.0×0.6×0.5 mm", "3.0×1.0×1.0 mm"]),
     "not finite": (lambda r: write_nifti(r / "UCL/Case01.nii.gz", np.full((24, 20, 5), np.nan, np.float32), affine("LPS")),
                    ["Case01.nii.gz", "not finite"]),
-    "header broken": (lambda r: _break_header(r / "UCL/Case01.nii.gz"), ["Case01.nii.gz", "not a readable NIfTI file"]),
+    "header broken": (lambda r: _break_header(r / "UCL/Case01.nii.gz", 70, 77), ["Case01.nii.gz", "not a readable NIfTI file"]),
+    "header to be repaired": (lambda r: _break_header(r / "UCL/Case01.nii.gz", 254, 99), ["Case01.nii.gz", "sform_code"]),
     "unknown case": (lambda r: (r / "UCL/train.txt").write_text("Case00\nCase77\n"), ["train.txt", "no case case77"]),
     "one folder twice": (lambda r: shutil.copytree(r / "BMC", r / "ISBI_1.5"), ["two folders", "BMC"]),
     "mixed": (lambda r: write_site(r, "photographs", 4), ["different layouts", "known layouts"]),
@@ -3065,7 +3086,7 @@ class Fuzz:
         return self.rng.choice(sorted(path for path in folder.rglob(pattern) if path.is_file()))
 
     def bytes(self, file: Path) -> None:
-        content, rng = bytearray(file.read_bytes()), self.rng
+        content, rng = bytearray(file.read_bytes() or b"x"), self.rng
         place = rng.randrange(len(content) + 1)
         match rng.randrange(6):
             case 0:
