@@ -13,7 +13,7 @@ import copy
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -46,9 +46,9 @@ class RoutingSettings:
     leash: float | None = 0.01  # relative change of a class's area that adaptation may bring; None: any
 
     def __post_init__(self) -> None:
-        for name, kind in self.__annotations__.items():
-            if not isinstance(getattr(self, name), kind if kind in (bool, str) else kind | int):
-                raise ValueError(f"RoutingSettings: {name} must be of type {kind}, not {getattr(self, name)!r}")
+        for own in fields(self):
+            if not isinstance(getattr(self, own.name), own.type if own.type in (bool, str) else own.type | int):
+                raise ValueError(f"RoutingSettings: {own.name} must be of type {own.type}, not {getattr(self, own.name)!r}")
         for name, allowed in (("activation", ("softmax", "sigmoid")), ("start", ("random", "uniform", "matched", "best")),
                               ("statistics", ("running", "batch", "site"))):
             if getattr(self, name) not in allowed:

@@ -386,6 +386,28 @@ def load(path: Path, device: str = "cpu", like: iopfl.State | None = None, diges
     return state
 
 
+def read_json(path: Path) -> dict:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: damaged, or not written by this script ({error})") from None
+    if not isinstance(found, dict):
+        raise ValueError(f"{path}: not written by this script")
+    return found
+
+
+def seal(value: dict) -> bytes:
+    """JSON that holds the value and its digest."""
+    return json.dumps({"digest": hashlib.sha256(json.dumps(value).encode()).hexdigest(), "value": value}).encode()
+
+
+def unseal(path: Path) -> dict:
+    found = read_json(path)
+    if hashlib.sha256(json.dumps(found.get("value")).encode()).hexdigest() != found.get("digest"):
+        raise ValueError(f"{path}: damaged, or not written by this script; --overwrite begins anew")
+    return found["value"]
+
+
 class Shelf(UserDict):
     """The `memory` of a federation in a folder: each client's part in a file of its own, and state.json, written last,
     which says with their digests those that belong together. spare: what is not in use is on disk alone."""
@@ -414,17 +436,10 @@ class Shelf(UserDict):
         first_alone(lambda: self.folder.mkdir(parents=True, exist_ok=True))
         path, after, files = self.folder / "state.json", None, set()
         if path.is_file():
-            state = read_json(path)
-            try:
-                number, (file, digest), self.data = state["round"], state["global"], dict(state["clients"])
-                files = {file, *(own for own, _ in self.data.values())}
-                fits = file == f"{int(number)}.pt" and all(own == f"{int(own.split('-')[0])}-{self.places[name]}.pt"
-                                                           for name, (own, _) in self.data.items())
-            except (LookupError, TypeError, ValueError, AttributeError, OverflowError):
-                fits = False
-            if not fits:
-                raise ValueError(f"{path}: damaged, or not of this federation; --overwrite begins anew")
+            state = unseal(path)
+            number, (file, digest), self.data = state["round"], state["global"], state["clients"]
             after, self.round = (number, load(self.folder / file, self.device, digest=digest)), number + 1
+            files = {file, *(own for own, _ in self.data.values())}
         of_all(None)  # all have read
         first_alone(lambda: [other.unlink() for other in self.folder.iterdir() if other.name not in {path.name, *files}])
         return after
@@ -439,7 +454,7 @@ class Shelf(UserDict):
         if iopfl.processes()[0] == 0:
             file = f"{last.number}.pt"
             state = {"round": last.number, "global": [file, save(self.folder / file, last.global_state)], "clients": self.data}
-            write(self.folder / "state.json", json.dumps(state).encode())
+            write(self.folder / "state.json", seal(state))
             needed = {file, *(own for own, _ in self.data.values())}
             for other in self.folder.glob("*.pt"):  # others may have begun the next round
                 if int(other.stem.split("-")[0]) <= last.number and other.name not in needed:
@@ -482,20 +497,10 @@ def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None
         with autocast(args):
             result = federate_and_adapt(args, task, loaded or load_sites(args, task.seed))
         if first:
-            write(task.result, json.dumps(result).encode())
+            write(task.result, seal(result))
     if first:
         shutil.rmtree(task.rounds, ignore_errors=True)
-        return read_json(task.result)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, or not written by this script ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: not written by this script")
-    return found
+        return unseal(task.result)
 
 
 def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict:
