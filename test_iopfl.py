@@ -2289,11 +2289,12 @@ RUN_ERRORS = {  # what is spoilt in a run, parts of the message
     "code": (lambda r, g: torch.save(Evil(), g), ["global.pt", "damaged"]),
     "bit flipped": (lambda r, g: _flip(g), ["global.pt"]),
     "another object": (lambda r, g: torch.save([1], g), ["global.pt", "damaged"]),
+    "another weight": (lambda r, g: _entry(g, lambda s: s["head.bias"].add_(1)), ["global.pt", "damaged"]),
     "missing entry": (lambda r, g: _entry(g, lambda s: s.pop("head.bias")), ["global.pt", "'head.bias' is nothing"]),
-    "more": (lambda r, g: _entry(g, lambda s: s.update(x=torch.ones(1))), ["global.pt", "'x'", "expected nothing"]),
-    "shape": (lambda r, g: _entry(g, lambda s: s.update({"head.bias": torch.ones(3)})), ["global.pt", "'head.bias' is ((3,)"]),
-    "type": (lambda r, g: _entry(g, lambda s: s.update({"head.bias": torch.ones(2).long()})), ["'head.bias'", "int64"]),
-    "NaN": (lambda r, g: _entry(g, lambda s: s["head.bias"].fill_(math.nan)), ["global.pt", "'head.bias'", "not every value is finite"]),
+    "more": (lambda r, g: _entry(g, lambda s: s.update(x=torch.ones(1))), ["expected nothing", "'x'"]),
+    "shape": (lambda r, g: _entry(g, lambda s: s.update({"head.bias": torch.ones(3)})), ["global.pt", "((3,)", "'head.bias'"]),
+    "type": (lambda r, g: _entry(g, lambda s: s.update({"head.bias": torch.ones(2).long()})), ["int64", "'head.bias'"]),
+    "NaN": (lambda r, g: _entry(g, lambda s: s["head.bias"].fill_(math.nan)), ["not every value is finite", "'head.bias'"]),
     "no model": (lambda r, g: [f.unlink() for f in r.rglob("*.pt")], ["found 0"]),
     "results cut": (lambda r, g: _cut(r / "results.json"), ["results.json", "damaged"]),
     "results of another kind": (lambda r, g: (r / "results.json").write_text("[1]"), ["results.json", "not written"]),
@@ -2311,6 +2312,8 @@ def test_damaged_runs_are_refused(folder_run, tmp_path, monkeypatch, capsys, spo
     root, run = folder_run
     shutil.copytree(run, tmp_path / "run")
     monkeypatch.chdir(tmp_path)
+    if "'" in parts[-1]:  # an entry is named where the files' digests are not known, as in older runs
+        _results(tmp_path / "run", lambda found: found.pop("files"))
     spoil(tmp_path / "run", tmp_path / "run" / "seed0-c" / "global.pt")
     refused(capsys, tmp_path, ["--adapt", "run", "--images", str(root / "c" / "images"), "--out", "x"], *parts,
             status=2 if parts == ["found 0"] else 1)
@@ -3304,7 +3307,7 @@ def fuzz(count: int, seed: int, folder: Path) -> int:
             found[kind, status] = found.get((kind, status), 0) + 1
         except (Exception, Hang) as error:
             faults += 1
-            print(f"{type(error).__name__}: {error or f'case {number}'}", flush=True)
+            print(f"case {number}, {type(error).__name__}: {error}", flush=True)
     print(f"{count} cases, seed {seed}: {faults} faults. By what was damaged, with exit status 0, 1, 2:")
     for kind in sorted({kind for kind, _ in found}):
         print(f"  {kind:12}" + "".join(f"{found.get((kind, status), 0):7}" for status in (0, 1, 2)))

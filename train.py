@@ -500,7 +500,10 @@ def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None
             write(task.result, seal(result))
     if first:
         shutil.rmtree(task.rounds, ignore_errors=True)
-        return unseal(task.result)
+        result = unseal(task.result)
+        for file, digest in result["files"].items():
+            load(task.folder.parent / file, digest=digest)
+        return result
 
 
 def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSet) -> dict:
@@ -511,7 +514,7 @@ def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSe
     first = iopfl.processes()[0] == 0
     model = UNet(loaded.channels, loaded.classes, args.width, args.depth, torch.Generator().manual_seed(task.seed))
     model = model.to(args.device, memory_format=torch.channels_last)
-    names, found = [site.name for site in inside], []
+    names, found, files = [site.name for site in inside], [], {}  # files: the models with their digests
     shelf = Shelf(task.rounds, args.device, ["pooled", *names], spare=args.participation < 1)
     after = shelf.open()
     done = after[0] if after else 0
@@ -521,6 +524,9 @@ def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSe
         for row in iopfl.evaluate(prediction, split.masks[:], split.cases, structures, site.spacing, distances):
             found.append({"phase": phase, "method": method, "seed": task.seed, "hold_out": task.hold_out,
                           "site": site.name, **row, **more})
+
+    def keep(file: str, state: iopfl.State) -> None:
+        files[f"{task.folder.name}/{file}"] = save(task.folder / file, state)
 
     def own_model(last: iopfl.Round, method: str, site: data.Site) -> torch.nn.Module:
         return iopfl.with_state(model, last.own(method, site.name))
@@ -553,26 +559,27 @@ def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSe
             for phase, split in (("inside", site.test), ("validation", site.validation)):
                 report(phase, method, site, split, iopfl.predict(trained_model, split.images))
             if method == "iopfl":
-                save(task.folder / f"personal-{site.name}.pt", trained_model.state_dict())
+                keep(f"personal-{site.name}.pt", trained_model.state_dict())
     found[:] = sorted((row for part in of_all(found) for row in part), key=lambda row: (
         [*task.inside].index(row["method"]), names.index(row["site"])))
+    files = {file: digest for part in of_all(files) for file, digest in part.items()}
     if not first:
         return {}
     if "iopfl" in task.inside:
-        save(task.folder / "global.pt", last.global_state)
+        keep("global.pt", last.global_state)
     trained = time.perf_counter()
     routing = None
     if task.outside:
         site = next(site for site in loaded.sites if site.name == task.hold_out)
-        files = {**{name: f"personal-{name}.pt" for name in names}, "global": "global.pt"}
-        experts = {name: iopfl.with_state(model, load(task.folder / file)) for name, file in files.items()}
-        routing = run_outside(args, task, site, experts, structures, report)
-    return {"rows": found, "routing": routing,
+        sources = {**{name: f"personal-{name}.pt" for name in names}, "global": "global.pt"}
+        experts = {name: iopfl.with_state(model, load(task.folder / file)) for name, file in sources.items()}
+        routing = run_outside(args, task, site, experts, structures, report, keep)
+    return {"rows": found, "routing": routing, "files": files,
             "seconds": {"inside": trained - begin, "outside": time.perf_counter() - trained}}
 
 
 def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: dict[str, torch.nn.Module],
-                structures: dict, report: Callable) -> dict | None:
+                structures: dict, report: Callable, keep: Callable) -> dict | None:
     """All methods outside on all images of the site; returns the mean routing weights of "routing"."""
     split = site.everything  # no label of it was used: every image is a test image
     *personal, global_model = experts.values()
@@ -598,7 +605,7 @@ def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: 
             predictions[name] = torch.stack(probabilities).mean(dim=0).argmax(dim=1)
         report("outside", name, site, split, predictions[name])
         if name == "routing":
-            save(task.folder / "adapted.pt", routed.state_dict())
+            keep("adapted.pt", routed.state_dict())
             layers, weights = router.mean_routing(routed, split.images)
             routing = {"outside": site.name, "experts": list(experts), "weights": weights.tolist()}
             draw_heat_map(routing["weights"], layers, list(experts), task.folder / "routing.png")
@@ -900,11 +907,12 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
                            + "".join(f"; --adapt {fold}" for fold in folds[:6]))
         path = folds[0]
         file = path.parent / "results.json"
-    found = read_json(file)
+    found, digests = read_json(file), {}
     try:
         if not adapted:
             config = found["config"]
             routing = (config["outside"].get("routing") or asdict(Outside()))["settings"]
+            digests = dict(found.get("files", {}))
             found = {**{key: config[key] for key in ("size", "width", "depth")}, **found["data"], "routing": routing,
                      "seed": int(path.name[4:].split("-")[0]),
                      "experts": [*sorted(file.stem.removeprefix("personal-") for file in path.glob("personal-*.pt")), "global"]}
@@ -927,7 +935,8 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
         models = [model] * len(known["experts"])  # adapted.pt holds their weights
     else:
         files = [*(f"personal-{name}.pt" for name in known["experts"][:-1]), "global.pt"]
-        models = [iopfl.with_state(model, load(path / file, like=model.state_dict())) for file in files]
+        models = [iopfl.with_state(model, load(path / file, like=model.state_dict(), digest=digests.get(f"{path.name}/{file}")))
+                  for file in files]
     routed = router.build_routed(models, settings, torch.Generator().manual_seed(known["seed"]))
     if adapted:
         routed.load_state_dict(load(path / "adapted.pt", like=routed.state_dict()))
@@ -1285,6 +1294,7 @@ def train_in(folder: Path, args: argparse.Namespace, out: Path, settings: dict, 
     report = {"config": settings,
               "data": {"channels": loaded.channels, "classes": loaded.classes, "structures": loaded.structures,
                        "kind": loaded.kind, "mask_values": loaded.mask_values},
+              "files": {file: digest for result in results for file, digest in result["files"].items()},
               "environment": environment, "seconds": {name: round(value, 1) for name, value in seconds.items()}, "rows": rows}
     routings = [result["routing"] for result in results if result["routing"]]
     if routings:
