@@ -1869,44 +1869,48 @@ def test_a_run_stopped_in_the_middle_keeps_the_old_one_and_goes_on(tmp_path, mon
 
 
 KILLED = """
-import os, random, signal, sys, time
+import fnmatch, os, random, signal, sys, time
 sys.path.insert(0, {here!r})
 import torch, torch._dynamo, train  # _dynamo: an optimiser imports it, once for all children here
 torch.set_num_threads(1)
-moments, starts, argv = random.Random(0), 0, sys.argv[1:]
+moments, argv, write = random.Random(0), sys.argv[1:], train.write
+HALVED = [("settings.json", 1), ("state.json", 2), ("*-*.pt", 5), ("state.json", 3), ("state.json", 1)]
 
 
-def start(last_save):
-    # A process of its own that ends itself while it writes its file number `last_save`.
+def start(pattern, count):
+    # A process of its own that ends itself in the middle of the count-th file of such a name.
     child = os.fork()
     if child:
         return child
-    sys.stdout = open("log", "a")
-    fsync, saves = os.fsync, []
+    sys.stdout, fsync, seen = open("log", "a"), os.fsync, []
 
-    def dying(file):
-        saves.append(file)
-        if len(saves) == last_save:
+    def dying_write(path, content):
+        def dying_fsync(file):
+            os.truncate(file, len(content) // 2)
             sys.stdout.flush()
-            os.truncate(file, 100) if os.fstat(file).st_size > 100 and last_save % 2 else None
             os.kill(os.getpid(), signal.SIGKILL)
-        fsync(file)
 
-    os.fsync = dying
+        if fnmatch.fnmatch(path.name, pattern):
+            seen.append(path)
+        os.fsync = dying_fsync if len(seen) == count else fsync
+        write(path, content)
+
+    train.write = dying_write
     status = train.main(argv)
     sys.stdout.flush()
     os._exit(status)
 
 
 for attempt in range(10):
-    by_save = attempt % 2 == 0
-    child = start(moments.randint(2, 10) if by_save else None)
-    if not by_save:
+    if attempt % 2 == 0:
+        child = start(*HALVED[attempt // 2])
+    else:
+        child = start("", 1)
         time.sleep(moments.uniform(0, 0.3))
         os.kill(child, signal.SIGKILL)
     status = os.waitpid(child, 0)[1]
     print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else "ended", os.path.exists("run"))
-print(os.waitstatus_to_exitcode(os.waitpid(start(None), 0)[1]))
+print(os.waitstatus_to_exitcode(os.waitpid(start("", 1), 0)[1]))
 """
 
 
@@ -1914,7 +1918,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(start(None), 0)[1]))
     ["--participation", "0.5"],
     ["--hold-out", "none", "--methods", "iopfl", "ditto", "fedbn", "centralised", "global-alpha=0.7", "--jobs", "1"]])
 def test_killed_at_ten_moments_a_run_ends_as_if_never_interrupted(tmp_path, more):
-    """A real process, killed while it writes a file or at any other moment; nothing finished is half there."""
+    """A real process, killed in the middle of writing a file or at any other moment; nothing finished is half there."""
     argv = [*TINY, "--rounds", "20", "--evaluate-every", "100", "--threads", "1", *more]
     assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     (tmp_path / "killed.py").write_text(KILLED.format(here=str(HERE)))
@@ -2294,7 +2298,7 @@ RUN_ERRORS = {  # what is spoilt in a run, parts of the message
     "more": (lambda r, g: _entry(g, lambda s: s.update(x=torch.ones(1))), ["expected nothing", "'x'"]),
     "shape": (lambda r, g: _entry(g, lambda s: s.update({"head.bias": torch.ones(3)})), ["global.pt", "((3,)", "'head.bias'"]),
     "type": (lambda r, g: _entry(g, lambda s: s.update({"head.bias": torch.ones(2).long()})), ["int64", "'head.bias'"]),
-    "NaN": (lambda r, g: _entry(g, lambda s: s["head.bias"].fill_(math.nan)), ["not every value is finite", "'head.bias'"]),
+    "NaN": (lambda r, g: _entry(g, lambda s: s["head.bias"].fill_(math.nan)), ["global.pt", "not every value is finite", "'head.bias'"]),
     "no model": (lambda r, g: [f.unlink() for f in r.rglob("*.pt")], ["found 0"]),
     "results cut": (lambda r, g: _cut(r / "results.json"), ["results.json", "damaged"]),
     "results of another kind": (lambda r, g: (r / "results.json").write_text("[1]"), ["results.json", "not written"]),
@@ -2317,6 +2321,31 @@ def test_damaged_runs_are_refused(folder_run, tmp_path, monkeypatch, capsys, spo
     spoil(tmp_path / "run", tmp_path / "run" / "seed0-c" / "global.pt")
     refused(capsys, tmp_path, ["--adapt", "run", "--images", str(root / "c" / "images"), "--out", "x"], *parts,
             status=2 if parts == ["found 0"] else 1)
+
+
+def test_no_byte_of_a_model_changes_unnoticed(tmp_path, monkeypatch):
+    """It is refused, or was one that means nothing, whether or not the file's digest is known; nothing is executed."""
+    monkeypatch.chdir(tmp_path)
+    state, file, refusals = UNet(1, 2, 2, 1, seeded()).state_dict(), tmp_path / "model.pt", 0
+    digest = train.save(file, state)
+    whole = file.read_bytes()
+    for place in range(0, len(whole), 211):
+        content = bytearray(whole)
+        content[place] ^= 16
+        file.write_bytes(content)
+        try:
+            loaded = train.load(file, like=state)
+            assert all(torch.equal(loaded[entry], value) for entry, value in state.items()), place
+        except ValueError as error:
+            assert str(file) in str(error)
+            refusals += 1
+        with pytest.raises(ValueError, match="damaged"):
+            train.load(file, digest=digest)
+    assert refusals > 10
+    torch.save({"x": Evil()}, file)
+    with pytest.raises(ValueError, match="damaged"):
+        train.load(file)
+    assert not (tmp_path / "executed").exists()
 
 
 def test_damaged_states_of_unfinished_runs_are_refused(tmp_path, monkeypatch, capsys):
