@@ -222,7 +222,7 @@ def exchange(own: Iterable[tuple[str, State]], owner: dict[str, int], like: Stat
     """The states of the clients in the order of `owner`, which says whose process has it; own: those of this one.
 
     Each is sent to all, not their weighted sums added by an all-reduce: so the mean is taken in the same order, bit
-    for bit, by any number of processes, and all of them name the same client where an update is wrong.
+    for bit, by any number of processes, and all of them find the same client's update wrong.
     """
     rank, count = processes()
     if count == 1:
@@ -305,9 +305,7 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
             loss = train_local(model, training[name].images, training[name].masks, epochs=epochs, lr=lr,
                                batch_size=batch_size, generator=order, **options)
             kept["orders"][model_of] = order.get_state()
-            trained = snapshot(model)
-            check_finite(trained, f"{name} in round {number}")
-            return trained, loss
+            return snapshot(model), loss
 
         def local_states(g: State = global_state, losses: dict = losses) -> Iterator[tuple[str, State]]:
             for name in names:
@@ -316,6 +314,7 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
                 kept = kept_by(name)
                 local, losses[name] = train({**g, **kept["stayed"]}, name, kept, "all", proximal=shared.proximal)  # w_k^t
                 kept["stayed"] = {entry: local[entry] for entry in start}
+                check_finite(kept["stayed"], f"{name} in round {number}")  # `aggregate` looks at the other entries
                 for label, method in methods.items():
                     before = kept["own"].get(label)
                     if method.own == "local":
@@ -323,6 +322,7 @@ def federate(model: nn.Module, clients: dict, rounds: int, methods: dict[str, Me
                     elif method.own == "apart":
                         kept["own"][label], _ = train(before or initial, name, kept, label,
                                                       proximal=method.own_proximal, anchor=g)
+                        check_finite(kept["own"][label], f"{name} in round {number}")
                 memory[name] = kept
                 yield name, {entry: local[entry] for entry in g}
 

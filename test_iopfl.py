@@ -9,6 +9,7 @@ import contextlib
 import copy
 import csv
 import dataclasses
+import fcntl
 import gzip
 import io
 import json
@@ -433,10 +434,10 @@ def torchrun(count: int, *argv) -> subprocess.CompletedProcess:
                            *map(str, argv)], capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("count", [2, 4])
-def test_processes_share_a_federation(tmp_path, count):
-    """The states of 2 processes, and of more than there are clients, are those of one, bit for bit; each own model
-    is in one process alone."""
+def test_processes_share_a_federation(tmp_path):
+    """The states of more processes than clients are those of one, bit for bit; each own model is in one process alone.
+    For two and three processes see the script."""
+    count = 4
     (tmp_path / "one").mkdir()
     (tmp_path / "many").mkdir()
     (tmp_path / "worker.py").write_text(f"import os, sys; sys.path.insert(0, {str(HERE)!r})\nimport torch, test_iopfl\n"
@@ -1846,15 +1847,20 @@ def test_a_run_stopped_in_the_middle_keeps_the_old_one_and_goes_on(tmp_path, mon
         with pytest.raises(RuntimeError, match="stopped"):
             train.main([*argv, str(run), "--overwrite"])
     assert tree(run) == {"results.json": b"keep"}
-    refused(capsys, tmp_path, [*argv, str(run), "--resume"], "run exists", "--overwrite")
+    for option in ([], ["--resume"]):
+        refused(capsys, tmp_path, [*argv, str(run), *option], "run exists", "--overwrite --resume")
     shutil.rmtree(run)
     refused(capsys, tmp_path, [*argv, str(run)], "unfinished", "--resume", "--overwrite")
     for name, other, text in (("--lr", "0.1", "lr 0.01 instead of 0.1"), ("--methods", "iopfl", "methods"),
-                              ("--threads", "2", "threads 1 instead of 2"), ("--alpha", "0.5", "alpha 0.7")):
+                              ("--threads", "2", "threads 1 instead of 2; say --threads 1"), ("--alpha", "0.5", "alpha 0.7")):
         refused(capsys, tmp_path, [*argv, str(run), "--resume", name, other], "another setting", text)
-    with train.working_in(tmp_path / "run.unfinished"):
+    lock = os.open(tmp_path / "run.unfinished", os.O_RDONLY)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    try:
         for option in ("--resume", "--overwrite"):
             refused(capsys, tmp_path, [*argv, str(run), option], "another process is at work")
+    finally:
+        os.close(lock)
 
     federations = []
     with monkeypatch.context() as patch:
@@ -1869,7 +1875,7 @@ def test_a_run_stopped_in_the_middle_keeps_the_old_one_and_goes_on(tmp_path, mon
 
 
 KILLED = """
-import fnmatch, os, random, signal, sys, time
+import fnmatch, os, random, signal, sys
 sys.path.insert(0, {here!r})
 import torch, torch._dynamo, train  # _dynamo: an optimiser imports it, once for all children here
 torch.set_num_threads(1)
@@ -1877,8 +1883,8 @@ moments, argv, write = random.Random(0), sys.argv[1:], train.write
 HALVED = [("settings.json", 1), ("state.json", 2), ("*-*.pt", 5), ("state.json", 3), ("state.json", 1)]
 
 
-def start(pattern, count):
-    # A process of its own that ends itself in the middle of the count-th file of such a name.
+def start(pattern, count, calls=0):
+    # A process of its own that ends itself in the middle of the count-th file of such a name, or at some call of a function.
     child = os.fork()
     if child:
         return child
@@ -1895,6 +1901,15 @@ def start(pattern, count):
         os.fsync = dying_fsync if len(seen) == count else fsync
         write(path, content)
 
+    def count_down(*_):
+        nonlocal calls
+        calls -= 1
+        if not calls:
+            sys.stdout.flush()
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    if calls:
+        sys.setprofile(count_down)
     train.write = dying_write
     status = train.main(argv)
     sys.stdout.flush()
@@ -1905,9 +1920,7 @@ for attempt in range(10):
     if attempt % 2 == 0:
         child = start(*HALVED[attempt // 2])
     else:
-        child = start("", 1)
-        time.sleep(moments.uniform(0, 0.3))
-        os.kill(child, signal.SIGKILL)
+        child = start("", 1, moments.randrange(20_000, 400_000))
     status = os.waitpid(child, 0)[1]
     print(os.WTERMSIG(status) if os.WIFSIGNALED(status) else "ended", os.path.exists("run"))
 print(os.waitstatus_to_exitcode(os.waitpid(start("", 1), 0)[1]))
@@ -1916,7 +1929,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(start("", 1), 0)[1]))
 
 @pytest.mark.parametrize("more", [
     ["--participation", "0.5"],
-    ["--hold-out", "none", "--methods", "iopfl", "ditto", "fedbn", "centralised", "global-alpha=0.7", "--jobs", "1"]])
+    ["--hold-out", "none", "--methods", "iopfl", "ditto", "fedbn", "global-alpha=0.7", "--jobs", "1"]])
 def test_killed_at_ten_moments_a_run_ends_as_if_never_interrupted(tmp_path, more):
     """A real process, killed in the middle of writing a file or at any other moment; nothing finished is half there."""
     argv = [*TINY, "--rounds", "20", "--evaluate-every", "100", "--threads", "1", *more]
@@ -1926,7 +1939,7 @@ def test_killed_at_ten_moments_a_run_ends_as_if_never_interrupted(tmp_path, more
                           capture_output=True, text=True, timeout=100)
     *lines, last = done.stdout.split("\n")[:-1]
     assert last == "0" and done.stderr == "", done.stderr
-    assert len(lines) == 10 and lines.count("9 False") >= 7 and {*lines} <= {"9 False", "ended True", "9 True"}, lines
+    assert len(lines) == 10 and lines.count("9 False") >= 7 and {*lines} <= {"9 False", "ended True"}, lines
     assert same_files(tmp_path / "run", tmp_path / "whole")
     assert "read from the disk" in (tmp_path / "log").read_text()
 
@@ -2174,7 +2187,7 @@ runpy.run_path({str(HERE / "train.py")!r}, run_name="__main__")
 
 
 def test_what_torchrun_does_not_do(tmp_path, monkeypatch, capsys):
-    for name, value in (("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("LOCAL_WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
     refused(capsys, tmp_path, [*TINY, "--out", str(tmp_path / "x"), "--jobs", "2"], "torchrun shares one federation")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -2374,26 +2387,47 @@ def test_damaged_states_of_unfinished_runs_are_refused(tmp_path, monkeypatch, ca
 
 def test_a_full_or_read_only_disk(tmp_path):
     """The run ends with a line; when there is room again it goes on. Nothing is written elsewhere."""
-    script = """
-        set -u
-        mount -t tmpfs -o size=150k none disk && cd disk || exit 77
-        "$@" --out run > ../log 2> ../full; echo $? >> ../full; ls -A | sort > ../left
-        mount -o remount,ro . && "$@" --out run --resume > ../log 2> ../readonly; echo $? >> ../readonly
-        mount -o remount,rw,size=50m . && "$@" --out run --resume > ../log 2> ../again; echo $? >> ../again
-        ls -A >> ../again; cp -r run ..
-    """
     (tmp_path / "disk").mkdir()
-    argv = [sys.executable, HERE / "train.py", *TINY, "--rounds", "3", "--threads", "1"]
-    done = subprocess.run(["unshare", "-rm", "sh", "-c", script, "sh", *map(str, argv)], cwd=tmp_path, capture_output=True,
+    (tmp_path / "disks.py").write_text(f"""
+import contextlib, os, shutil, subprocess, sys
+sys.path.insert(0, {str(HERE)!r})
+import train
+
+
+def mount(*options):
+    subprocess.run(["mount", *options], check=True)
+    return True
+
+
+def start(name, *more):
+    with open("../" + name, "w") as file, contextlib.redirect_stdout(open("../log", "w")), contextlib.redirect_stderr(file):
+        print(train.main([*sys.argv[1:], "--out", "run", *more]), file=file)
+        print(*os.listdir(), file=file)
+
+
+try:
+    mount("-t", "tmpfs", "-o", "size=150k", "none", "disk")
+except subprocess.CalledProcessError:
+    sys.exit(77)
+os.chdir("disk")
+start("full")
+mount("-o", "remount,ro", ".")
+start("readonly", "--resume")
+mount("-o", "remount,rw,size=50m", ".")
+start("again", "--resume")
+shutil.copytree("run", "../run")
+""")
+    argv = [*TINY, "--rounds", "3", "--threads", "1"]
+    done = subprocess.run(["unshare", "-rm", sys.executable, "disks.py", *argv], cwd=tmp_path, capture_output=True,
                           text=True, timeout=100) if shutil.which("unshare") else SimpleNamespace(returncode=77)
-    if done.returncode:
+    if done.returncode == 77 or "unshare" in done.stderr:
         pytest.skip("the system allows no small disk")
+    assert done.returncode == 0, done.stderr
     for name, text in (("full", "No space left on device"), ("readonly", "Read-only file system")):
-        line, status = (tmp_path / name).read_text().splitlines()
-        assert line.startswith("train.py: ") and text in line and status == "1"
-    assert (tmp_path / "left").read_text().split() == ["run.unfinished"]
+        line, status, left = (tmp_path / name).read_text().splitlines()
+        assert line.startswith("train.py: ") and text in line and (status, left) == ("1", "run.unfinished")
     assert (tmp_path / "again").read_text().split() == ["0", "run"]
-    assert train.main([*map(str, argv[2:]), "--out", str(tmp_path / "whole")]) == 0
+    assert train.main([*argv, "--out", str(tmp_path / "whole")]) == 0
     assert same_files(tmp_path / "run", tmp_path / "whole")
 
 
@@ -2613,7 +2647,7 @@ def toy_run(request, tmp_path_factory):
 
 def test_run_reports(toy_run):
     task, _, results = toy_run
-    assert set(results) == {"config", "data", "environment", "seconds", "rows"}
+    assert set(results) == {"config", "data", "environment", "files", "seconds", "rows"}
     assert results["config"]["task"] == task
     assert results["config"]["outside"]["routing"]["settings"]["activation"] == "softmax"
     assert list(results["config"]["inside"]) == ["fedavg", "iopfl"]
@@ -3344,7 +3378,7 @@ def fuzz(count: int, seed: int, folder: Path) -> int:
 
 
 def test_fuzz(tmp_path, capsys):
-    assert fuzz(60, 1, tmp_path) == 0, capsys.readouterr().out
+    assert fuzz(40, 1, tmp_path) == 0, capsys.readouterr().out
 
 
 def benchmark(argv: list[str] | None = None) -> int:

@@ -14,6 +14,12 @@ command is given again with --resume. Exit status: 0 all went well, 1 a fault of
 With the environment variable IOPFL_TRACEBACK=1 an error shows its traceback.
 """
 
+import os
+import signal
+
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the imports below take a second; then `main` says more
+
 import argparse
 import copy
 import csv
@@ -24,20 +30,19 @@ import io
 import itertools
 import json
 import math
-import os
 import resource
 import shlex
 import shutil
-import signal
 import sys
 import tempfile
+import threading
 import time
 import warnings
 import zipfile
 from collections import UserDict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from multiprocessing import active_children, get_context, parent_process
@@ -112,7 +117,7 @@ OUTSIDE_ABLATIONS = {name: Outside(settings=replace(ROUTING, **changes)) for nam
 }
 MOST_SHOWN = 12  # hospitals in pictures, tables and lines
 KNOWN = [*METHODS, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
-MOST = {"size": 4096, "width": 1024, "depth": 10}  # beyond it is a slip of the hand, and no memory would do
+MOST = {"size": 4096, "width": 1024, "depth": 10, "lr": 1000}  # beyond it is a slip of the hand, and no memory would do
 
 
 class WrongUse(ValueError):
@@ -192,6 +197,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
                        "its last whole round; begin it where there is none")
     group.add_argument("--overwrite", action="store_true", help="replace the run that lies in --out, or an unfinished "
                        "one")
+    parser.set_defaults(content=None)  # of --root, once it was read
     args = parser.parse_args(argv)
     if args.authors:
         parser.set_defaults(rounds=100, local_epochs=1, batch_size=5, lr=1e-3, alpha=0.1)
@@ -247,6 +253,9 @@ def load_sites(args: argparse.Namespace, seed: int) -> data.DataSet:
     """The hospitals, on the chosen device. Where few take part in a round, simulated images stay on disk."""
     if args.root:
         loaded = data.load_folder(args.root, args.size, args.mask_values, seed, args.skip_empty)
+        if args.content not in (None, loaded.content):
+            raise ValueError(f"{args.root} has changed since the run began")
+        args.content = loaded.content
     else:
         folder = tempfile.gettempdir() if args.participation < 1 else None
         loaded = data.simulate_sites(args.task, seed, args.size, args.images_per_site, args.sites, folder)
@@ -446,9 +455,6 @@ class Shelf(UserDict):
 
     def keep(self, last: iopfl.Round) -> None:
         """The round is whole: from now on a run goes on after it. All processes must call it."""
-        parent = parent_process()
-        if parent and not parent.is_alive():
-            os._exit(1)  # another one may be at work here by now
         self.data.update({name: file for part in of_all(self.fresh) for name, file in part.items()})
         self.fresh, self.round = {}, last.number + 1
         if iopfl.processes()[0] == 0:
@@ -482,7 +488,7 @@ def first_alone(function: Callable):
     if problem:
         raise problem
     if failed:
-        sys.exit(1)
+        os._exit(1)
     return value
 
 
@@ -502,7 +508,8 @@ def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None
         shutil.rmtree(task.rounds, ignore_errors=True)
         result = unseal(task.result)
         for file, digest in result["files"].items():
-            load(task.folder.parent / file, digest=digest)
+            if hashlib.sha256((task.folder.parent / file).read_bytes()).hexdigest() != digest:
+                raise ValueError(f"{task.folder.parent / file}: damaged; --overwrite begins anew")
         return result
 
 
@@ -920,7 +927,7 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
         known = {"adapted": adapted, **{key: found[key] for key in (
             "size", "width", "depth", "channels", "classes", "seed", "kind", "mask_values", "structures")},
             "routing": asdict(settings), "experts": [str(name) for name in found["experts"]], "online": bool(found.get("online"))}
-        for key, most in {**MOST, "channels": 3, "classes": 256, "seed": 2**32}.items():
+        for key, most in {"size": MOST["size"], "width": MOST["width"], "depth": MOST["depth"], "channels": 3, "classes": 256, "seed": 2**32}.items():
             if type(known[key]) is not int or not (key != "seed") <= known[key] <= most:
                 raise ValueError(f"{key} is {known[key]}")
         for value in [known["mask_values"] or [], *known["structures"].values()]:
@@ -963,10 +970,8 @@ def adapt(args: argparse.Namespace, out: Path) -> int:
     if not pairs:
         raise WrongUse(f"{args.images}: no image; PNG, JPEG, TIFF and NIfTI are known")
     settings = {"adapt": str(Path(args.adapt).resolve()), "images": str(Path(args.images).resolve())}
-    open_folder(out, settings, args.overwrite, proof="adapted.json")
-    folder = unfinished(out)
-    with working_in(folder):
-        return adapt_in(folder, args, out, routed, known, pairs)
+    with working_in(out, settings, args.overwrite, proof="adapted.json"):
+        return adapt_in(unfinished(out), args, out, routed, known, pairs)
 
 
 def adapt_in(folder: Path, args: argparse.Namespace, out: Path, routed: router.RoutedNetwork, known: dict,
@@ -1091,44 +1096,52 @@ def unfinished(out: Path) -> Path:
 
 
 @contextmanager
-def working_in(folder: Path):
-    """Within this context no other process may work in the folder."""
-    with open(folder / "settings.json") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise WrongUse(f"{folder}: another process is at work there") from None
-        yield
-
-
-def open_folder(out: Path, settings: dict, overwrite: bool, resume: bool = False, proof: str = "results.json") -> bool:
-    """Make `unfinished(out)`, new or as an interrupted run of the same settings left it; False where all is done.
-    proof: the file that tells a finished run, which alone may be replaced."""
+def working_in(out: Path, settings: dict, overwrite: bool, resume: bool = False, proof: str = "results.json"):
+    """Within this context `unfinished(out)` belongs to this process; it is new, or as an interrupted run of the same
+    settings left it. False is yielded where all is done. proof: the file that tells a finished run, which alone may be
+    replaced."""
     settings = json.loads(json.dumps(settings))
     is_run, folder = (out / proof).is_file(), unfinished(out)
     file = folder / "settings.json"
     if resume and not file.is_file() and is_run and (out / file.name).is_file() and read_json(out / file.name) == settings:
-        return False
+        shutil.rmtree(out / "replaced", ignore_errors=True)
+        yield False
+        return
     if out.exists() and not (overwrite and is_run):
-        raise WrongUse(f"{out} exists; " + ("say --overwrite or another --out" if is_run else
-                                            f"it holds no {proof} and is not replaced; say another --out"))
-    if file.is_file():
-        if resume:
-            before = read_json(file)
-            for name in {**before, **settings}:
-                if before.get(name) != settings.get(name):
-                    raise WrongUse(f"{folder} holds an unfinished run with another setting, {name} {before.get(name)} "
-                                   f"instead of {settings.get(name)}; say --overwrite to begin anew, or another --out")
-            return True
-        if not overwrite and "seeds" in read_json(file):  # an adaptation begins anew
-            raise WrongUse(f"{folder} holds an unfinished run; say --resume to go on with it, --overwrite to begin anew")
-        with working_in(folder):
-            shutil.rmtree(folder)
-    elif folder.exists() and any(not other.name.startswith(file.name) for other in folder.iterdir()):
+        raise WrongUse(f"{out} exists" + (f" beside {folder}; say --overwrite --resume to go on with that and to replace "
+                                          f"this, or another --out" if is_run and file.is_file() else
+                                          "; say --overwrite or another --out" if is_run else
+                                          f"; it holds no {proof} and is not replaced; say another --out"))
+    if folder.exists() and not file.is_file() and any(not other.name.startswith(file.name) for other in folder.iterdir()):
         raise WrongUse(f"{folder} is in the way and no unfinished run of this script; say another --out")
     folder.mkdir(parents=True, exist_ok=True)
-    write(file, json.dumps(settings).encode())
-    return True
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise WrongUse(f"{folder}: another process is at work there") from None
+        before = read_json(file) if file.is_file() and not (overwrite and not resume) else {}
+        if resume and before:
+            for name in {**before, **settings}:
+                if before.get(name) != settings.get(name):
+                    way = f"say --threads {before.get(name)}, or" if name == "threads" else "say"
+                    raise WrongUse(f"{folder} holds an unfinished run with another setting, {name} {before.get(name)} "
+                                   f"instead of {settings.get(name)}; {way} another --out, or begin anew with --overwrite "
+                                   f"and without --resume")
+        else:
+            if not overwrite and "seeds" in before:  # an adaptation begins anew
+                raise WrongUse(f"{folder} holds an unfinished run; say --resume to go on with it, --overwrite to begin anew")
+            write(file, b"{}")  # tells that the folder is ours, and what it holds of no use
+            for other in folder.iterdir():
+                if other.is_dir():
+                    shutil.rmtree(other)
+                elif other != file:
+                    other.unlink()
+            write(file, json.dumps(settings).encode())
+        yield True
+    finally:
+        os.close(lock)
 
 
 def close_folder(folder: Path, out: Path) -> None:
@@ -1156,6 +1169,7 @@ def run_all(args: argparse.Namespace, tasks: list[Task], loaded: data.DataSet) -
                 yield futures[future], future.result()
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
             for child in active_children():  # what they have done is on the disk
                 child.terminate()
             raise
@@ -1165,8 +1179,12 @@ def set_up(threads: int | None = None, helper: bool = False) -> None:
     """What is best for a whole process; helper: it works for another one, which alone has something to say."""
     if threads:
         torch.set_num_threads(threads)
+    warnings.formatwarning = lambda message, *_: f"train.py: {message}\n"
     if helper:
-        signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        if signal.getsignal(signal.SIGINT) == signal.default_int_handler:
+            signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+        # When the other one is killed, a run that goes on must not meet this one.
+        threading.Thread(target=lambda: (parent_process().join(), os._exit(1)), daemon=True).start()
     # glibc returns large blocks to the system when they are freed, and each page of the next one is a fault and is
     # cleared again: keeping them saves a tenth of training and a third of adapting to large images (README.md).
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
@@ -1183,7 +1201,7 @@ def peak_memory() -> float:
 
 def join_processes(args: argparse.Namespace) -> None:
     """Where torchrun started this script several times: one group of them, each with a GPU of its own if any."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
         return
     if args.adapt or args.list or (args.jobs or 1) > 1:
         raise WrongUse("torchrun shares one federation among processes; leave out --adapt, --list and --jobs")
@@ -1193,7 +1211,7 @@ def join_processes(args: argparse.Namespace) -> None:
     args.jobs = 1
     # torchrun leaves each process one thread.
     args.threads = args.threads or max(torch.get_num_threads(), (os.cpu_count() or 1) // beside)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("train.py: told to end; --resume goes on after the last whole round"))
+    signal.signal(signal.SIGTERM, lambda *_: (complain("told to end; --resume goes on after the last whole round"), os._exit(1)))
     if args.device == "cuda":
         torch.cuda.set_device(number)
     # All wait while the first serves a hospital outside, however long; a process that dies is noticed at once.
@@ -1209,13 +1227,18 @@ def complain(text: str) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
-    warnings.formatwarning = lambda message, *_: f"train.py: {message}\n"
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     set_up()
+    args = None
     try:
         args = parse_arguments(argv)
         name = "adapted" if args.adapt else Path(args.root).resolve().name if args.root else args.task
         out = Path(args.out or f"runs/{name}").resolve()
+        if not out.name:
+            raise WrongUse(f"--out {out} cannot be replaced")
         join_processes(args)
         if args.adapt:
             with autocast(args):
@@ -1224,14 +1247,18 @@ def main(argv: list[str] | None = None) -> int:
         of_all(status)  # no process leaves while others still talk to it
         return status
     except KeyboardInterrupt:
-        going_on = "" if "--adapt" in argv or "--list" in argv else "; go on with: " + shlex.join(
-            ["python", sys.argv[0], *argv, *["--resume"][:"--resume" not in argv]])
-        complain(f"interrupted{going_on}")
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        if args is None or args.adapt or args.list:
+            complain("interrupted")
+        elif iopfl.processes()[1] > 1:
+            complain("interrupted; the same command goes on with --resume")
+        else:
+            complain("interrupted; go on with: " + shlex.join(["python", sys.argv[0], *argv, *["--resume"][:not args.resume]]))
         return 130
     except Exception as error:
         if os.environ.get("IOPFL_TRACEBACK"):
             raise
-        if iopfl.processes()[1] > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
+        if iopfl.processes()[1] > 1 and (isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)):
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; one message is enough
             error = f"process {dist.get_rank()} ends, since another one has; --resume goes on after the last whole round"
         elif not isinstance(error, (ValueError, OSError, ImportError)):
@@ -1259,12 +1286,12 @@ def train(args: argparse.Namespace, out: Path) -> int:
                 if name not in ("out", "overwrite", "resume", "jobs", "evaluate_every")}
     settings["inside"], settings["outside"] = ({name: asdict(method) if method else None for name, method in
                                                 methods.items()} for methods in (inside, outside))
-    settings |= {"content": loaded.content, "torch": torch.__version__, "numpy": np.__version__}
-    if not first_alone(lambda: open_folder(out, settings, args.overwrite, args.resume)):
-        print(f"{out} is finished")
-        return 0
-    with working_in(folder) if iopfl.processes()[0] == 0 else nullcontext():
-        return train_in(folder, args, out, settings, tasks, loaded, begin)
+    settings |= {"torch": torch.__version__, "numpy": np.__version__}
+    with ExitStack() as stack:
+        if first_alone(lambda: stack.enter_context(working_in(out, settings, args.overwrite, args.resume))):
+            return train_in(folder, args, out, settings, tasks, loaded, begin)
+    print(f"{out} is finished")
+    return 0
 
 
 def train_in(folder: Path, args: argparse.Namespace, out: Path, settings: dict, tasks: list[Task],
