@@ -1944,7 +1944,15 @@ def test_killed_at_ten_moments_a_run_ends_as_if_never_interrupted(tmp_path, more
     assert "read from the disk" in (tmp_path / "log").read_text()
 
 
-def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def own_signals():
+    """Afterwards Ctrl-C does what it did; `train.main` ignores it while it ends."""
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_prints_the_command_that_goes_on(tmp_path, monkeypatch, capsys, own_signals):
     argv = [*TINY, "--rounds", "3", "--out", str(tmp_path / "a run")]
     calls, train_local = [], iopfl.train_local
 
@@ -3377,7 +3385,7 @@ def fuzz(count: int, seed: int, folder: Path) -> int:
     return faults
 
 
-def test_fuzz(tmp_path, capsys):
+def test_fuzz(tmp_path, capsys, own_signals):
     assert fuzz(40, 1, tmp_path) == 0, capsys.readouterr().out
 
 

@@ -926,9 +926,10 @@ def open_run(path: Path, device: str) -> tuple[router.RoutedNetwork, dict]:
         settings = RoutingSettings(**found["routing"])
         known = {"adapted": adapted, **{key: found[key] for key in (
             "size", "width", "depth", "channels", "classes", "seed", "kind", "mask_values", "structures")},
-            "routing": asdict(settings), "experts": [str(name) for name in found["experts"]], "online": bool(found.get("online"))}
-        for key, most in {"size": MOST["size"], "width": MOST["width"], "depth": MOST["depth"], "channels": 3, "classes": 256, "seed": 2**32}.items():
-            if type(known[key]) is not int or not (key != "seed") <= known[key] <= most:
+            "routing": asdict(settings), "experts": [str(name) for name in found["experts"]],
+            "online": bool(found.get("online"))}
+        for key, most in {**MOST, "channels": 3, "classes": 256, "seed": 2**32}.items():
+            if key in known and not (type(known[key]) is int and (key != "seed") <= known[key] <= most):
                 raise ValueError(f"{key} is {known[key]}")
         for value in [known["mask_values"] or [], *known["structures"].values()]:
             if not all(type(number) is int for number in value):
@@ -1018,8 +1019,8 @@ def adapt_in(folder: Path, args: argparse.Namespace, out: Path, routed: router.R
     draw_heat_map(weights.tolist(), layers, known["experts"], folder / "routing.png")
     save(folder / "adapted.pt", routed.state_dict())
     chosen = dict(zip(known["experts"], weights.mean(dim=0).tolist()))
-    write(folder / "adapted.json", json.dumps(
-        {**known, "adapted": True, "online": args.online or known["online"], "files": len(sources), "chosen": chosen}, indent=1).encode())
+    known |= {"adapted": True, "online": args.online or known["online"], "files": len(sources), "chosen": chosen}
+    write(folder / "adapted.json", json.dumps(known, indent=1).encode())
     with open(folder / "images.csv", "w", newline="", errors="backslashreplace") as file:
         writer = csv.DictWriter(file, max(rows, key=len))  # without a mask a row has no Dice
         writer.writeheader()
@@ -1211,7 +1212,8 @@ def join_processes(args: argparse.Namespace) -> None:
     args.jobs = 1
     # torchrun leaves each process one thread.
     args.threads = args.threads or max(torch.get_num_threads(), (os.cpu_count() or 1) // beside)
-    signal.signal(signal.SIGTERM, lambda *_: (complain("told to end; --resume goes on after the last whole round"), os._exit(1)))
+    signal.signal(signal.SIGTERM, lambda *_: (complain("told to end; --resume goes on after the last whole round"),
+                                              os._exit(1)))
     if args.device == "cuda":
         torch.cuda.set_device(number)
     # All wait while the first serves a hospital outside, however long; a process that dies is noticed at once.
@@ -1258,7 +1260,8 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("IOPFL_TRACEBACK"):
             raise
-        if iopfl.processes()[1] > 1 and (isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)):
+        lost = isinstance(error, dist.DistError) or type(error) is RuntimeError and "gloo" in str(error)
+        if iopfl.processes()[1] > 1 and lost:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun sends it now; one message is enough
             error = f"process {dist.get_rank()} ends, since another one has; --resume goes on after the last whole round"
         elif not isinstance(error, (ValueError, OSError, ImportError)):
