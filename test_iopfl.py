@@ -3240,6 +3240,8 @@ class Fuzz:
     def layout(self) -> list:
         root = self.copied("root")
         for _ in range(self.rng.choice([1, 2, 3])):
+            if not root.exists():
+                break
             folder = self.rng.choice([root, *sorted(path for path in root.rglob("*") if path.is_dir())])
             match self.rng.randrange(7):
                 case 0:
