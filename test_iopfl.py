@@ -1944,6 +1944,42 @@ def test_killed_at_ten_moments_a_run_ends_as_if_never_interrupted(tmp_path, more
     assert "read from the disk" in (tmp_path / "log").read_text()
 
 
+def test_beginning_anew_may_be_interrupted_too(tmp_path, monkeypatch, own_signals):
+    """While the old state is being removed: nothing of it is taken for the new run."""
+    argv = [*TINY, "--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(router, "adapt", lambda *_, **__: 1 / 0)
+        assert train.main([*argv, "--rounds", "3"]) == train.main([*argv, "--rounds", "2", "--overwrite"]) == 1
+
+    def interrupted(folder, rmtree=shutil.rmtree, **_):
+        (folder / "fedavg.rounds" / "2.pt").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", interrupted)
+        assert train.main([*argv, "--rounds", "2", "--overwrite"]) == 130
+    assert train.main([*argv, "--rounds", "2", "--overwrite", "--resume"]) == 0
+    assert train.main([*TINY, "--rounds", "2", "--out", str(tmp_path / "whole")]) == 0
+    assert same_files(tmp_path / "run", tmp_path / "whole")
+
+
+def test_helpers_end_with_their_main_process(tmp_path):
+    """Else one could write into a run that goes on."""
+    (tmp_path / "pool.py").write_text(f"""
+import os, signal, sys
+sys.path.insert(0, {str(HERE)!r})
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+import train
+if __name__ == "__main__":
+    print(ProcessPoolExecutor(1, get_context("spawn"), train.set_up, (1, True)).submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+""")
+    # Its output ends when the last process that could write to it has ended.
+    done = subprocess.run([sys.executable, tmp_path / "pool.py"], stdout=subprocess.PIPE, text=True, timeout=60)
+    assert done.returncode == -signal.SIGKILL and int(done.stdout)
+
+
 @pytest.fixture
 def own_signals():
     """Afterwards Ctrl-C does what it did; `train.main` ignores it while it ends."""
@@ -3250,7 +3286,7 @@ class Fuzz:
                     if not other.exists():
                         folder.rename(other)
                 case 1:
-                    shutil.rmtree(folder)
+                    shutil.rmtree(folder, ignore_errors=True)
                 case 2:
                     (folder / self.rng.choice(["train", "images", "masks", "test", "ROIs", "val", "c"])).mkdir(exist_ok=True)
                 case 3:
