@@ -476,7 +476,7 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     else:
         values = FUNDUS_VALUES if kind == "fundus" and not mask_values else mask_values
         loaded = _image_sites(root, files, parts, size, values, kind)
-    lists = [file for folder in folders for file in (folder / f"{part}.txt" for part in PARTS) if file.is_file()]
+    lists = [file for folder in folders for file in _lists(folder).values()]
     loaded.content = fingerprint(root, [*lists, *(file for pairs in files.values() for pair in pairs for file in pair)])
     return loaded
 
@@ -552,9 +552,13 @@ def _pairs(site: Path) -> dict[str, list[tuple[Path, Path]]]:
     return result
 
 
+def _lists(site: Path) -> dict[str, Path]:
+    return {part: site / f"{part}.txt" for part in PARTS if (site / f"{part}.txt").is_file()}
+
+
 def _listed(site: Path, pairs: list[tuple[Path, Path]]) -> dict[str, list[tuple[Path, Path]]]:
     """Pairs by the lists train.txt, val.txt and test.txt, if there are any: one case a line; others are left out."""
-    lists = {part: site / f"{part}.txt" for part in PARTS if (site / f"{part}.txt").is_file()}
+    lists = _lists(site)
     if not lists:
         return {"all": pairs}
     by_name, result = {stem(image).lower(): (image, mask) for image, mask in pairs}, {}

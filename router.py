@@ -57,7 +57,7 @@ class RoutingSettings:
         if not 0 <= self.share <= 1:
             raise ValueError(f"RoutingSettings: share must lie in [0, 1], not {self.share}")
         for name, least in (("match_floor", 0), ("tolerance", 0), ("entropy", 0), ("consistency", 0), ("shape", 0),
-                            ("noise", 0), ("radius", 0), ("lr", 0), ("passes", 0), ("batch_size", 1), ("dropout", 0)):
+                            ("noise", 0), ("radius", 0), ("lr", 0), ("passes", 0), ("batch_size", 1)):
             if not least <= getattr(self, name) < float("inf"):
                 raise ValueError(f"RoutingSettings: {name} must be at least {least}, not {getattr(self, name)}")
         if not 0 <= self.dropout < 1 or not 0 <= (self.global_share or 0) <= 1 or not 0 <= (self.leash or 0):

@@ -214,7 +214,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     if unknown:
         parser.error(f"--methods: {', '.join(sorted(unknown))} unknown; there are all, ablations, {', '.join(KNOWN)}")
     for name in ("jobs", "threads"):
-        if not 1 <= (getattr(args, name) or 1) <= 1024 or getattr(args, name) == 0:
+        if getattr(args, name) is not None and not 1 <= getattr(args, name) <= 1024:
             parser.error(f"--{name} must lie in 1 … 1024, not {getattr(args, name)}")
     if not 0 <= args.alpha <= 1:
         parser.error(f"--alpha must lie in [0, 1], not {args.alpha}")
@@ -365,12 +365,16 @@ def write(path: Path, content: bytes) -> None:
     os.close(folder)
 
 
+def digest_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
 def save(path: Path, state: dict) -> str:
     """A state on the CPU, readable by `torch.load(path, weights_only=True)`; returns the file's digest."""
     buffer = io.BytesIO()
     torch.save({name: value.cpu() if isinstance(value, Tensor) else value for name, value in state.items()}, buffer)
     write(path, buffer.getvalue())
-    return hashlib.sha256(buffer.getvalue()).hexdigest()
+    return digest_of(buffer.getvalue())
 
 
 def load(path: Path, device: str = "cpu", like: iopfl.State | None = None, digest: str | None = None) -> dict:
@@ -378,7 +382,7 @@ def load(path: Path, device: str = "cpu", like: iopfl.State | None = None, diges
     executed."""
     content = path.read_bytes()
     try:
-        if digest and hashlib.sha256(content).hexdigest() != digest:
+        if digest and digest_of(content) != digest:
             raise ValueError
         if zipfile.ZipFile(io.BytesIO(content)).testzip():  # torch does not look at the checksums
             raise ValueError
@@ -407,12 +411,12 @@ def read_json(path: Path) -> dict:
 
 def seal(value: dict) -> bytes:
     """JSON that holds the value and its digest."""
-    return json.dumps({"digest": hashlib.sha256(json.dumps(value).encode()).hexdigest(), "value": value}).encode()
+    return json.dumps({"digest": digest_of(json.dumps(value).encode()), "value": value}).encode()
 
 
 def unseal(path: Path) -> dict:
     found = read_json(path)
-    if hashlib.sha256(json.dumps(found.get("value")).encode()).hexdigest() != found.get("digest"):
+    if digest_of(json.dumps(found.get("value")).encode()) != found.get("digest"):
         raise ValueError(f"{path}: damaged, or not written by this script; --overwrite begins anew")
     return found["value"]
 
@@ -508,7 +512,7 @@ def run(args: argparse.Namespace, task: Task, loaded: data.DataSet | None = None
         shutil.rmtree(task.rounds, ignore_errors=True)
         result = unseal(task.result)
         for file, digest in result["files"].items():
-            if hashlib.sha256((task.folder.parent / file).read_bytes()).hexdigest() != digest:
+            if digest_of((task.folder.parent / file).read_bytes()) != digest:
                 raise ValueError(f"{task.folder.parent / file}: damaged; --overwrite begins anew")
         return result
 
@@ -532,7 +536,7 @@ def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSe
             found.append({"phase": phase, "method": method, "seed": task.seed, "hold_out": task.hold_out,
                           "site": site.name, **row, **more})
 
-    def keep(file: str, state: iopfl.State) -> None:
+    def keep_model(file: str, state: iopfl.State) -> None:
         files[f"{task.folder.name}/{file}"] = save(task.folder / file, state)
 
     def own_model(last: iopfl.Round, method: str, site: data.Site) -> torch.nn.Module:
@@ -566,27 +570,27 @@ def federate_and_adapt(args: argparse.Namespace, task: Task, loaded: data.DataSe
             for phase, split in (("inside", site.test), ("validation", site.validation)):
                 report(phase, method, site, split, iopfl.predict(trained_model, split.images))
             if method == "iopfl":
-                keep(f"personal-{site.name}.pt", trained_model.state_dict())
+                keep_model(f"personal-{site.name}.pt", trained_model.state_dict())
     found[:] = sorted((row for part in of_all(found) for row in part), key=lambda row: (
         [*task.inside].index(row["method"]), names.index(row["site"])))
     files = {file: digest for part in of_all(files) for file, digest in part.items()}
     if not first:
         return {}
     if "iopfl" in task.inside:
-        keep("global.pt", last.global_state)
+        keep_model("global.pt", last.global_state)
     trained = time.perf_counter()
     routing = None
     if task.outside:
         site = next(site for site in loaded.sites if site.name == task.hold_out)
         sources = {**{name: f"personal-{name}.pt" for name in names}, "global": "global.pt"}
         experts = {name: iopfl.with_state(model, load(task.folder / file)) for name, file in sources.items()}
-        routing = run_outside(args, task, site, experts, structures, report, keep)
+        routing = run_outside(args, task, site, experts, structures, report, keep_model)
     return {"rows": found, "routing": routing, "files": files,
             "seconds": {"inside": trained - begin, "outside": time.perf_counter() - trained}}
 
 
 def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: dict[str, torch.nn.Module],
-                structures: dict, report: Callable, keep: Callable) -> dict | None:
+                structures: dict, report: Callable, keep_model: Callable) -> dict | None:
     """All methods outside on all images of the site; returns the mean routing weights of "routing"."""
     split = site.everything  # no label of it was used: every image is a test image
     *personal, global_model = experts.values()
@@ -612,7 +616,7 @@ def run_outside(args: argparse.Namespace, task: Task, site: data.Site, experts: 
             predictions[name] = torch.stack(probabilities).mean(dim=0).argmax(dim=1)
         report("outside", name, site, split, predictions[name])
         if name == "routing":
-            keep("adapted.pt", routed.state_dict())
+            keep_model("adapted.pt", routed.state_dict())
             layers, weights = router.mean_routing(routed, split.images)
             routing = {"outside": site.name, "experts": list(experts), "weights": weights.tolist()}
             draw_heat_map(routing["weights"], layers, list(experts), task.folder / "routing.png")
@@ -1122,7 +1126,7 @@ def working_in(out: Path, settings: dict, overwrite: bool, resume: bool = False,
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise WrongUse(f"{folder}: another process is at work there") from None
-        before = read_json(file) if file.is_file() and not (overwrite and not resume) else {}
+        before = read_json(file) if file.is_file() and (resume or not overwrite) else {}
         if resume and before:
             for name in {**before, **settings}:
                 if before.get(name) != settings.get(name):
