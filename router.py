@@ -57,8 +57,8 @@ class Router(nn.Module):
     def __init__(self, in_channels: int, experts: int, settings: RoutingSettings, generator):
         super().__init__()
         self.settings, self.generator = settings, None  # generator: of dropout, in training mode
-        self.fc1 = nn.Linear(in_channels, 2 * in_channels)
-        self.fc2 = nn.Linear(2 * in_channels, experts)
+        self.fc1 = nn.utils.skip_init(nn.Linear, in_channels, 2 * in_channels)
+        self.fc2 = nn.utils.skip_init(nn.Linear, 2 * in_channels, experts)
         for layer in (self.fc1, self.fc2):  # torch's own distribution, drawn from our generator
             for values in layer.parameters():
                 bound = layer.in_features**-0.5
@@ -222,8 +222,9 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
     BatchNorm2d among modules without parameters. generator (CPU) draws the routers' weights.
     Raises ValueError, naming the layer, where models differ or one cannot be routed; what only a
     pass can show is refused by `fit_to_site`."""
-    models, routing, done = [plain_copy(model) for model in models], [], {}
-    modules = [dict(model.named_modules(remove_duplicate=False)) for model in models]
+    models = [getattr(model, "_orig_mod", model) for model in models]  # of torch.compile
+    modules, routing = [dict(m.named_modules(remove_duplicate=False)) for m in models], []
+    made, places = {}, {}  # a module used in two places stays one module
     for name in dict.fromkeys(name for own in modules for name in own):
         experts = [own.get(name) for own in modules]
         kinds = {f"{type(e).__name__}({e.extra_repr() if e is not None else ''})" for e in experts}
@@ -235,16 +236,21 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
         changed = last._forward_pre_hooks or last._forward_hooks or "forward" in vars(last)
         if (type(last) not in (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d) or changed
                 or not all(v.dtype.itemsize > 2 and v.isfinite().all() for v in values)):
-            raise ValueError(f"build_routed: cannot route '{name}', {kinds.pop()}: parameters are for "
-                             f"Conv2d, ConvTranspose2d, BatchNorm2d, not compiled, without hooks or "
-                             f"a forward of their own, finite, and not in half precision")
-        if last not in done:  # a module used in two places stays one module
-            made = (RoutedBatchNorm2d(experts, routing, settings) if type(last) is nn.BatchNorm2d
-                    else RoutedConv2d(experts, name, routing, settings, generator))
-            done[last] = made.to(values[0])
+            raise ValueError(f"build_routed: cannot route '{name}', {kinds.pop()}: parameters are "
+                             f"for Conv2d, ConvTranspose2d, BatchNorm2d, not compiled, without hooks "
+                             f"or a forward of their own, finite, and not in half precision")
+        if last not in made and type(last) is nn.BatchNorm2d:
+            made[last] = RoutedBatchNorm2d(experts, routing, settings)
+        elif last not in made:
+            made[last] = RoutedConv2d(experts, name, routing, settings, generator)
+        places[name] = made[last]
+    network = plain_copy(models[-1])
+    for name, module in places.items():
         parent, _, child = name.rpartition(".")
-        setattr(models[-1].get_submodule(parent), child, done[last])
-    return RoutedNetwork(models[-1], routing, settings).eval()
+        module.to(next(models[-1].parameters()))
+        if child:
+            setattr(network.get_submodule(parent), child, module)
+    return RoutedNetwork(places.get("", network), routing, settings).eval()
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -361,24 +367,26 @@ def predict(routed: RoutedNetwork, images: Tensor) -> Tensor:
 # ================================================================ part 2: ours
 @torch.no_grad()
 def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, *,
-                matched: bool = True, global_prior: float | None = 0.5,
+                start: str = "matched", global_prior: float | None = 0.5,
                 share: float | None = None, online: bool = False) -> None:
     """Once, before the first step: where routing starts, and whose BatchNorm statistics it uses.
 
     models: those that `routed` was built from. images: (N, C_in, H, W) of the site, for `online`
     the first batch, which `adapt` will count itself.
-    matched: every layer starts at the weights ∝ prior · exp(-D / spread), D a model's divergence,
-    spread its standard deviation; global_prior: of the last model (None: that of all). Otherwise at
-    the prior. share: of the site's statistics in BatchNorm's, by default `site_share`.
+    start: "matched", every layer at the weights ∝ prior · exp(-D / spread), D a model's divergence,
+    spread its standard deviation; "uniform"; or "random", as it was built. global_prior: of the last
+    model, None: that of all. share: of the site's statistics, by default `site_share`.
     Raises ValueError where a model, routed alone, does not give what it gives itself."""
     check_routing(models, images[:2])
     D = torch.stack([divergence(model, images) for model in models])  # (M,)
     weights = torch.full_like(D, 1 / len(D))
-    if global_prior is not None and len(D) > 1:
-        weights[:-1], weights[-1] = (1 - global_prior) / (len(D) - 1), global_prior
-    if matched:  # below 0.05 differences of D are not worth telling apart: real sites lie 0.03 to 0.2 away
+    if start == "matched":
+        if global_prior is not None and len(D) > 1:
+            weights[:-1], weights[-1] = (1 - global_prior) / (len(D) - 1), global_prior
+        # Below 0.05 differences of D are not worth telling apart: real sites lie 0.03 to 0.2 away.
         weights = weights * torch.exp((D.min() - D) / D.std(correction=0).clamp_min(0.05))
-    route_alike(routed, (weights / weights.sum()).clamp(1e-6, 1 - 1e-6))
+    if start != "random":
+        route_alike(routed, (weights / weights.sum()).clamp(1e-6, 1 - 1e-6))
     for norm in routed.parts(RoutedBatchNorm2d):
         for value in (norm.site_mean, norm.site_variance, norm.site_images):
             value.zero_()
@@ -406,10 +414,12 @@ def check_routing(models: list[nn.Module], images: Tensor) -> None:
     probe = build_routed(models)
     for number, model in enumerate(models):
         route_alike(probe, torch.eye(len(models))[number])
-        expected, found = plain_copy(model)(images), probe(images)
+        with torch.autocast(images.device.type, enabled=False):
+            expected, found = plain_copy(model)(images), probe(images)
         if (found - expected).abs().max() > 0.01 * expected.abs().max():
             raise ValueError(f"fit_to_site: model {number} gives something else when it is routed: "
-                             f"parts of it are not registered, or differ from the other models'")
+                             f"parts of it are not registered, differ from the other models', or "
+                             f"a BatchNorm comes before the first convolution")
 
 
 @torch.no_grad()
