@@ -97,8 +97,8 @@ class Benchmark:
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 
     def network(self, layout=torch.channels_last) -> nn.Module:
-        network = UNet(1, 2, self.width, self.depth).eval()
-        return network.to(self.device, memory_format=layout)
+        network = UNet(1, 2, self.width, self.depth)
+        return network.eval().to(self.device, memory_format=layout)
 
     def images(self, count: int) -> torch.Tensor:
         return torch.randn(count, 1, self.size, self.size, device=self.device)
@@ -116,19 +116,18 @@ class Benchmark:
             iopfl.train_local(network, x, (x[:, 0] > 0.5).byte(), generator=torch.Generator())
 
     def layers(self) -> None:
-        line("routed layers", "loop", "ours", "plain", "plain c.l.", "loop/ours", "ours/plain", "/c.l.")
+        line("routed layers", "loop", "ours", "plain", "c.l.", "loop/ours", "ours/plain", "ours/c.l.")
         last, plain, routed = self.network(), self.network(torch.contiguous_format), self.routed(6)
-        inputs, total = {}, np.zeros(4)
+        inputs, rows = {}, {}
         for layer in routed.parts(router.RoutedConv2d):
             layer.register_forward_pre_hook(lambda layer, x: inputs.update({layer: x[0].detach()}))
         routed(self.images(self.batch))
         for layer, x in inputs.items():
-            took = self.layer(layer, plain.get_submodule(layer.name),
-                              last.get_submodule(layer.name), x)
-            total += took
-            shape = "×".join(map(str, x.shape))
-            line(f"{layer.name}, {shape}", *took, *took[[0, 1, 1]] / took[[1, 2, 3]])
-        line("sum", *total, *total[[0, 1, 1]] / total[[1, 2, 3]])
+            convs = [network.get_submodule(layer.name) for network in (plain, last)]
+            rows[f"{layer.name}, {x.shape[1]} × {x.shape[2]}²"] = self.layer(layer, *convs, x)
+        rows["sum"] = sum(rows.values())
+        for name, took in rows.items():
+            line(name, *took, *took[[0, 1, 1]] / took[[1, 2, 3]])
 
     def layer(self, ours, plain: nn.Module, last: nn.Module, x: torch.Tensor) -> np.ndarray:
         flat = x.clone(memory_format=torch.contiguous_format).requires_grad_()
@@ -151,8 +150,7 @@ class Benchmark:
                 "plain, bf16": partial(self.step, plain, True)}
         took = dict(zip(rows, self.milliseconds(*rows.values())))
         for name, ms in took.items():
-            reference = took["plain, bf16" if "bf16" in name else "plain"]
-            line(name, ms, took["obvious"] / ms, ms / reference)
+            line(name, ms, took["obvious"] / ms, ms / took["plain" + ", bf16" * ("bf16" in name)])
 
     def growth(self, picture: bool) -> None:
         line("experts, without the leash", "ms", "/ 2 experts", "experts, MiB", "peak, MiB")
@@ -164,7 +162,8 @@ class Benchmark:
             draw = ImageDraw.Draw(sheet)
             draw.text((20, 10), "a step, 2 to 32 experts: routing (blue), ensemble (red)", "black")
             for curve, colour in (took, "blue"), (counts, "red"):
-                draw.line([(20 + 110 * n, 265 - 15 * y / curve[0]) for n, y in enumerate(curve)], colour)
+                points = [(20 + 110 * n, 265 - 15 * y / curve[0]) for n, y in enumerate(curve)]
+                draw.line(points, colour, 3)
             sheet.save(Path(__file__).resolve().parents[1] / "docs" / "growth.png")
 
     def memory_of_a_step(self, experts: int) -> tuple[float, float]:
@@ -182,13 +181,12 @@ class Benchmark:
     def mean(self) -> None:
         models = [self.network() for _ in range(4)]  # kept, so that no freed memory is used again
         states, before = [iopfl.snapshot(model) for model in models] * 25, self.peak_mib()
-        total = iopfl.aggregate(states, [1] * 100)
-        size, peak = sum(v.nbytes for v in total.values()) / 2**20, self.peak_mib() - before
+        size = sum(v.nbytes for v in iopfl.aggregate(states, [1] * 100).values()) / 2**20
+        peak = self.peak_mib() - before
         ours, sums = self.milliseconds(
             lambda: iopfl.aggregate(states, [1] * 100),
-            lambda: [total[name].add_(value) for state in states for name, value in state.items()])
-        print(f"mean of 100 clients of {size:.0f} MiB: {ours:.0f} ms, {ours / sums:.2f} times bare "
-              f"sums; peak memory +{peak / size:.1f} models beside the states", flush=True)
+            lambda: [sum(state[name] for state in states) for name in states[0]])
+        line(f"mean of 100 × {size:.0f} MiB", ours, sums, ours / sums, peak / size)
 
     def training(self) -> None:  # last, since it changes the sizes
         line("training step, 5 images", "fp32, ms", "bf16, ms", "ratio")
@@ -209,11 +207,7 @@ if __name__ == "__main__":
         keep_memory()
     for device in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
         bench = Benchmark(device, args.quick)
-        print(f"{device}, torch {torch.__version__}, {torch.get_num_threads()} threads; "
-              f"{bench.batch} × {bench.size}², width {bench.width}, depth {bench.depth}, 6 experts")
-        bench.layers()
-        bench.adaptation()
-        bench.growth(args.picture and device == "cpu")
-        bench.rounds()
-        bench.alone(bench.mean)
-        bench.training()
+        print(device, torch.__version__, torch.get_num_threads(), "threads;", vars(bench))
+        for table in (bench.layers, bench.adaptation, partial(bench.growth, args.picture),
+                      bench.rounds, partial(bench.alone, bench.mean), bench.training):
+            table()
