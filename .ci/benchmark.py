@@ -4,11 +4,9 @@ import argparse
 import ctypes
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -33,10 +31,10 @@ def line(name: str, *cells) -> None:
     print(f"{name:30}" + "".join(f"{text:>14}" for text in texts), flush=True)
 
 
-def looped(layer: router.RoutedConv2d, convs: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
-    """A routed convolution by torch's own layers, sample by sample; without dropout."""
-    outputs, hidden = [], layer.router.fc1(x.mean(dim=(2, 3)))
-    routing = layer.router.fc2(hidden).softmax(dim=1)  # (N, M)
+def looped(layer: router.RoutedConv2d, networks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
+    """A routed convolution by torch's own layers, sample by sample."""
+    convs, outputs = [network.get_submodule(layer.name) for network in networks], []
+    routing = layer.router(x)  # (N, M)
     for sample, weights in zip(x, routing):
         mixed = {}
         for name, _ in convs[0].named_parameters():
@@ -44,12 +42,6 @@ def looped(layer: router.RoutedConv2d, convs: list[nn.Module], x: torch.Tensor) 
         outputs.append(torch.func.functional_call(convs[0], mixed, (sample[None],)))
     layer.routing.append((layer.name, routing))
     return torch.cat(outputs)
-
-
-def make_obvious(routed: router.RoutedNetwork, models: list[nn.Module]) -> router.RoutedNetwork:
-    for layer in routed.parts(router.RoutedConv2d):
-        layer.forward = partial(looped, layer, [m.get_submodule(layer.name) for m in models])
-    return routed
 
 
 def obvious_step(routed: router.RoutedNetwork, images: torch.Tensor, generator) -> torch.Tensor:
@@ -75,8 +67,7 @@ class Benchmark:
         self.device, self.quick = device, quick
         self.width, self.depth, self.size, self.batch = (16, 3, 64, 5) if quick else (32, 4, 192, 8)
 
-    def milliseconds(self, *functions) -> np.ndarray:
-        """The median of each; one round warms up."""
+    def milliseconds(self, *functions) -> np.ndarray:  # medians; one round warms up
         times = np.zeros((4 if self.quick else 8, len(functions)))
         for number, column in np.ndindex(times.shape):
             begin = time.perf_counter()
@@ -85,10 +76,9 @@ class Benchmark:
             times[number, column] = 1000 * (time.perf_counter() - begin)
         return np.median(times[1:], axis=0)
 
-    def alone(self, function, *positional):
-        """What it returns in a process of its own, whose peak of memory is its own."""
-        with ProcessPoolExecutor(1, get_context("spawn"), keep_memory) as pool:
-            return pool.submit(function, *positional).result()
+    def alone(self, function, *positional):  # in a process whose peak of memory is its own
+        with get_context("spawn").Pool(1, keep_memory) as pool:
+            return pool.apply(function, positional)
 
     def peak_mib(self) -> float:  # nan where the system does not say
         status = Path("/proc/self/status")
@@ -97,8 +87,7 @@ class Benchmark:
         return int(status.read_text().split("VmHWM:")[1].split()[0]) / 1024
 
     def network(self, layout=torch.channels_last) -> nn.Module:
-        network = UNet(1, 2, self.width, self.depth)
-        return network.eval().to(self.device, memory_format=layout)
+        return UNet(1, 2, self.width, self.depth).eval().to(self.device, memory_format=layout)
 
     def images(self, count: int) -> torch.Tensor:
         return torch.randn(count, 1, self.size, self.size, device=self.device)
@@ -116,31 +105,32 @@ class Benchmark:
             iopfl.train_local(network, x, (x[:, 0] > 0.5).byte(), generator=torch.Generator())
 
     def layers(self) -> None:
-        line("routed layers", "loop", "ours", "plain", "c.l.", "loop/ours", "ours/plain", "ours/c.l.")
+        line("routed layers", "loop", "ours", "plain", "c.l.", "loop/ours", "ours/plain", "/ c.l.")
         last, plain, routed = self.network(), self.network(torch.contiguous_format), self.routed(6)
         inputs, rows = {}, {}
         for layer in routed.parts(router.RoutedConv2d):
             layer.register_forward_pre_hook(lambda layer, x: inputs.update({layer: x[0].detach()}))
         routed(self.images(self.batch))
         for layer, x in inputs.items():
-            convs = [network.get_submodule(layer.name) for network in (plain, last)]
-            rows[f"{layer.name}, {x.shape[1]} × {x.shape[2]}²"] = self.layer(layer, *convs, x)
+            rows[f"{layer.name}, {x.shape[1]} × {x.shape[2]}²"] = self.layer(layer, plain, last, x)
         rows["sum"] = sum(rows.values())
         for name, took in rows.items():
             line(name, *took, *took[[0, 1, 1]] / took[[1, 2, 3]])
 
     def layer(self, ours, plain: nn.Module, last: nn.Module, x: torch.Tensor) -> np.ndarray:
         flat = x.clone(memory_format=torch.contiguous_format).requires_grad_()
-        channels_last = x.clone(memory_format=torch.channels_last).requires_grad_()
-        own = channels_last if ours.one_by_one else flat
-        return self.milliseconds(lambda: looped(ours, [last] * 6, flat).sum().backward(),
-                                 lambda: ours.forward(own).sum().backward(),
-                                 lambda: plain(flat).sum().backward(),
-                                 lambda: last(channels_last).sum().backward())
+        ends = x.clone(memory_format=torch.channels_last).requires_grad_()
+        return self.milliseconds(
+            lambda: looped(ours, [last] * 6, flat).sum().backward(),
+            lambda: ours.forward(ends if ours.one_by_one else flat).sum().backward(),
+            lambda: plain.get_submodule(ours.name)(flat).sum().backward(),
+            lambda: last.get_submodule(ours.name)(ends).sum().backward())
 
     def adaptation(self) -> None:
         line("a step of adaptation", "ms", "obvious / it", "it / plain")
-        obvious = make_obvious(self.routed(6), [self.network(), self.network()] * 3)
+        obvious, models = self.routed(6), [self.network(), self.network()] * 3
+        for layer in obvious.parts(router.RoutedConv2d):
+            layer.forward = partial(looped, layer, models)
         plain = router.RoutedNetwork(self.network(), [], obvious.settings)  # all its weights move
         rows = {"obvious": partial(self.step, obvious, by=obvious_step),
                 "ours": partial(self.step, self.routed(6)),
@@ -154,16 +144,16 @@ class Benchmark:
 
     def growth(self, picture: bool) -> None:
         line("experts, without the leash", "ms", "/ 2 experts", "experts, MiB", "peak, MiB")
-        counts, sheet = (2, 4, 8, 16, 32), Image.new("RGB", (480, 270), "white")
+        counts = (2, 4, 8, 16, 32)
         took = self.milliseconds(*[partial(self.step, self.routed(count)) for count in counts])
         for count, ms in zip(counts, took):
             line(str(count), ms, ms / took[0], *self.alone(self.memory_of_a_step, count))
         if picture:
-            draw = ImageDraw.Draw(sheet)
-            draw.text((20, 10), "a step, 2 to 32 experts: routing (blue), ensemble (red)", "black")
+            sheet = Image.new("RGB", (480, 270), "white")
+            ImageDraw.Draw(sheet).text((20, 10), "2 to 32 experts: routing, blue; ensemble, red", "black")
             for curve, colour in (took, "blue"), (counts, "red"):
                 points = [(20 + 110 * n, 265 - 15 * y / curve[0]) for n, y in enumerate(curve)]
-                draw.line(points, colour, 3)
+                ImageDraw.Draw(sheet).line(points, colour, 3)
             sheet.save(Path(__file__).resolve().parents[1] / "docs" / "growth.png")
 
     def memory_of_a_step(self, experts: int) -> tuple[float, float]:
@@ -172,21 +162,23 @@ class Benchmark:
         return sum(buffer.nbytes for buffer in routed.buffers()) / 2**20, self.peak_mib()
 
     def rounds(self) -> None:
+        line("a round of 6 clients", "training, ms", "round, ms", "ratio")
         network, x = self.network(), self.images(40 if self.quick else 10)
-        clients = dict.fromkeys("abcdef", SimpleNamespace(images=x, masks=(x[:, 0] > 0.5).byte()))
+        clients = dict.fromkeys("abcdef", argparse.Namespace(images=x, masks=(x[:, 0] > 0.5).byte()))
         bare, whole = self.milliseconds(lambda: [self.train(network, x) for _ in clients],
                                         lambda: [*iopfl.federate(network, clients, 1)])
-        print(f"6 clients: training {bare:.0f} ms, round {whole:.0f} ms, {whole / bare:.3f}")
+        line("", bare, whole, whole / bare)
 
     def mean(self) -> None:
+        line("the mean of 100 clients", "model, MiB", "ms", "/ bare sums", "+ peak / model")
         models = [self.network() for _ in range(4)]  # kept, so that no freed memory is used again
         states, before = [iopfl.snapshot(model) for model in models] * 25, self.peak_mib()
-        size = sum(v.nbytes for v in iopfl.aggregate(states, [1] * 100).values()) / 2**20
-        peak = self.peak_mib() - before
+        total = iopfl.aggregate(states, [1] * 100)
+        size, peak = sum(v.nbytes for v in total.values()) / 2**20, self.peak_mib() - before
         ours, sums = self.milliseconds(
             lambda: iopfl.aggregate(states, [1] * 100),
-            lambda: [sum(state[name] for state in states) for name in states[0]])
-        line(f"mean of 100 × {size:.0f} MiB", ours, sums, ours / sums, peak / size)
+            lambda: [total[name].add_(value) for state in states for name, value in state.items()])
+        line("", size, ours, ours / sums, peak / size)
 
     def training(self) -> None:  # last, since it changes the sizes
         line("training step, 5 images", "fp32, ms", "bf16, ms", "ratio")
