@@ -19,8 +19,7 @@ import router  # noqa: E402
 from models import UNet  # noqa: E402
 
 
-def keep_memory() -> None:
-    """glibc keeps what is freed: a page given back is a fault, and is cleared, the next time."""
+def keep_memory() -> None:  # a page that glibc gives back is a fault, and cleared, the next time
     if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
         ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no blocks apart
         ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is returned
@@ -34,13 +33,12 @@ def line(name: str, *cells) -> None:
 def looped(layer: router.RoutedConv2d, networks: list[nn.Module], x: torch.Tensor) -> torch.Tensor:
     """A routed convolution by torch's own layers, sample by sample."""
     convs, outputs = [network.get_submodule(layer.name) for network in networks], []
-    routing = layer.router(x)  # (N, M)
-    for sample, weights in zip(x, routing):
+    layer.routing.append((layer.name, layer.router(x)))  # (N, M)
+    for sample, weights in zip(x, layer.routing[-1][1]):
         mixed = {}
         for name, _ in convs[0].named_parameters():
             mixed[name] = sum(w * getattr(conv, name).detach() for w, conv in zip(weights, convs))
         outputs.append(torch.func.functional_call(convs[0], mixed, (sample[None],)))
-    layer.routing.append((layer.name, routing))
     return torch.cat(outputs)
 
 
@@ -142,15 +140,14 @@ class Benchmark:
         for name, ms in took.items():
             line(name, ms, took["obvious"] / ms, ms / took["plain" + ", bf16" * ("bf16" in name)])
 
-    def growth(self, picture: bool) -> None:
+    def growth(self, picture: bool, counts=(2, 4, 8, 16, 32)) -> None:
         line("experts, without the leash", "ms", "/ 2 experts", "experts, MiB", "peak, MiB")
-        counts = (2, 4, 8, 16, 32)
         took = self.milliseconds(*[partial(self.step, self.routed(count)) for count in counts])
         for count, ms in zip(counts, took):
             line(str(count), ms, ms / took[0], *self.alone(self.memory_of_a_step, count))
         if picture:
             sheet = Image.new("RGB", (480, 270), "white")
-            ImageDraw.Draw(sheet).text((20, 10), "2 to 32 experts: routing, blue; ensemble, red", "black")
+            ImageDraw.Draw(sheet).text((20, 10), "2 to 32: routing blue, ensemble red", "black")
             for curve, colour in (took, "blue"), (counts, "red"):
                 points = [(20 + 110 * n, 265 - 15 * y / curve[0]) for n, y in enumerate(curve)]
                 ImageDraw.Draw(sheet).line(points, colour, 3)
@@ -162,15 +159,13 @@ class Benchmark:
         return sum(buffer.nbytes for buffer in routed.buffers()) / 2**20, self.peak_mib()
 
     def rounds(self) -> None:
-        line("a round of 6 clients", "training, ms", "round, ms", "ratio")
         network, x = self.network(), self.images(40 if self.quick else 10)
-        clients = dict.fromkeys("abcdef", argparse.Namespace(images=x, masks=(x[:, 0] > 0.5).byte()))
+        clients = dict.fromkeys("abcdef", argparse.Namespace(images=x, masks=x[:, 0] > 0.5))
         bare, whole = self.milliseconds(lambda: [self.train(network, x) for _ in clients],
                                         lambda: [*iopfl.federate(network, clients, 1)])
-        line("", bare, whole, whole / bare)
+        print(f"6 clients: training {bare:.0f} ms, round {whole:.0f} ms, {whole / bare:.3f} times")
 
     def mean(self) -> None:
-        line("the mean of 100 clients", "model, MiB", "ms", "/ bare sums", "+ peak / model")
         models = [self.network() for _ in range(4)]  # kept, so that no freed memory is used again
         states, before = [iopfl.snapshot(model) for model in models] * 25, self.peak_mib()
         total = iopfl.aggregate(states, [1] * 100)
@@ -178,7 +173,7 @@ class Benchmark:
         ours, sums = self.milliseconds(
             lambda: iopfl.aggregate(states, [1] * 100),
             lambda: [total[name].add_(value) for state in states for name, value in state.items()])
-        line("", size, ours, ours / sums, peak / size)
+        line("mean of 100: MiB, ms, / sums, + peak", size, ours, ours / sums, peak / size)
 
     def training(self) -> None:  # last, since it changes the sizes
         line("training step, 5 images", "fp32, ms", "bf16, ms", "ratio")
