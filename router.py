@@ -22,21 +22,19 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RoutingSettings:
-    """The defaults are ours; AUTHORS is the published code."""
+    """The defaults are ours; AUTHORS is the published code. The loss terms are means over pixels, so
+    that no weight depends on batch or image size."""
 
-    # the routed network (M4, M5)
     softmax: bool = True  # routing weights sum to one; False: a sigmoid each, which do not
     per_sample: bool = True  # False: routers see no image, so that all images are routed alike
     dropout: float = 0.2  # inside the routers, while adapting
     mix_batchnorm: bool = True  # BatchNorm mixed like the kernels; False: the last expert's
     batch_statistics: bool = False  # in BatchNorm; False: running ones, mixed by `fit_to_site`
-    # the objective (M6 to M8): means over pixels, so that no weight depends on batch or image size
     consistency: float = 1.0  # λ_con
     shape: float = 0.02  # λ_shape
     entropy: float = 0.0  # λ_ent
     noise: float = 0.5  # standard deviation of ε
     radius: float = 10 / 384  # d as a share of the image's shorter side
-    # the steps
     lr: float = 2e-4  # of Adam
     passes: int = 3  # over the images, offline
     batch_size: int = 5
@@ -46,7 +44,8 @@ class RoutingSettings:
 # Its entropy is summed over a batch of 5 and weighted by 10: 25 times M8's mean. Its shape term,
 # the 2-norm of 10⁻⁶ · M7, has about the gradient of 0.004 times M7's mean at 384 × 384.
 AUTHORS = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics=True,
-                          consistency=0.1, shape=0.004, entropy=25.0, lr=1e-3, passes=10, leash=None)
+                          consistency=0.1, shape=0.004, entropy=25.0, lr=1e-3, passes=10,
+                          leash=None)
 
 
 # ================================================================ part 1: the method
@@ -79,7 +78,7 @@ class Router(nn.Module):
 
 
 class RoutedConv2d(nn.Module):
-    """y = conv(x; Σ_m r_m(x) W_m, Σ_m r_m(x) b_m) of M frozen convolutions, also transposed (M5)."""
+    """y = conv(x; Σ_m r_m(x) W_m, Σ_m r_m(x) b_m) of M frozen convolutions (M5)."""
 
     def __init__(self, experts: list, name: str, routing: list, settings, generator):
         super().__init__()
@@ -119,17 +118,15 @@ class RoutedConv2d(nn.Module):
 
 class RoutedBatchNorm2d(nn.Module):
     """BatchNorm of M experts, mixed by the weights of the routed convolution before it.
-
     `delta_weight` and `delta_bias` (C,) are what adaptation adds to the affine. In training mode it
     counts its inputs into the site's statistics, of which it uses `site_share` (part 2).
     Published code: the last expert's affine, statistics of the batch. The rest: ours."""
 
     def __init__(self, experts: list[nn.BatchNorm2d], routing: list, settings: RoutingSettings):
         super().__init__()
-        norm, self.routing = experts[-1], routing
-        self.eps, self.mixed = norm.eps, settings.mix_batchnorm
+        norm, zero = experts[-1], torch.zeros(experts[-1].num_features)
+        self.eps, self.routing, self.mixed = norm.eps, routing, settings.mix_batchnorm
         self.batch_statistics = settings.batch_statistics or norm.running_mean is None
-        zero = torch.zeros(norm.num_features)
         for name in ("weight", "bias", "running_mean", "running_var"):  # (M, C)
             missing = zero + (name in ("weight", "running_var"))
             values = [getattr(expert, name) for expert in experts]
@@ -139,8 +136,8 @@ class RoutedBatchNorm2d(nn.Module):
         for name in ("delta_weight", "delta_bias", "site_mean", "site_variance"):  # (C,)
             moves = norm.affine and name.startswith("delta")
             self.register_parameter(name, nn.Parameter(zero.clone(), requires_grad=moves))
-        self.site_images, self.site_share = (nn.Parameter(torch.tensor(0.0), requires_grad=False)
-                                             for _ in range(2))
+        self.site_images = nn.Parameter(torch.tensor(0.0), requires_grad=False)
+        self.site_share = nn.Parameter(torch.tensor(0.0), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, H, W) → the same shape."""
@@ -150,8 +147,11 @@ class RoutedBatchNorm2d(nn.Module):
             if self.batch_statistics or self.training:
                 values = x.to(self.weight.dtype)
                 mean, variance = values.mean(dim=(0, 2, 3)), values.var(dim=(0, 2, 3), correction=0)
-            if self.training:
-                self.measure(len(x), mean, variance)
+            if self.training:  # merged without squares of means, which would cancel
+                self.site_images += len(x)
+                part, off = len(x) / self.site_images, mean - self.site_mean
+                self.site_variance.lerp_(variance, part).add_(part * (1 - part) * off.square())
+                self.site_mean += part * off
             if not self.batch_statistics:
                 mean = torch.lerp(r @ self.running_mean, self.site_mean, self.site_share)
                 variance = torch.lerp(r @ self.running_var, self.site_variance, self.site_share)
@@ -159,26 +159,16 @@ class RoutedBatchNorm2d(nn.Module):
             shift = r @ self.bias + self.delta_bias - mean * scale  # (N or 1, C)
         return x * scale.to(x.dtype)[:, :, None, None] + shift.to(x.dtype)[:, :, None, None]
 
-    @torch.no_grad()
-    def measure(self, count: int, mean: Tensor, variance: Tensor) -> None:
-        """Merge a batch into the site's statistics, without squares of means, which would cancel."""
-        self.site_images += count
-        part, off = count / self.site_images, mean - self.site_mean
-        self.site_variance.lerp_(variance, part).add_(part * (1 - part) * off.square())
-        self.site_mean += part * off
-
 
 class RoutedNetwork(nn.Module):
     """M frozen networks as one, mixed layer by layer and image by image; made by `build_routed`.
-
     The experts are buffers. Its parameters are what changes: the routers, what is added to
     BatchNorm's affine, and, without gradient, the site's statistics.
     `routing`: name and weights (N, M) of each routed layer in the last pass."""
 
     def __init__(self, network: nn.Module, routing: list, settings: RoutingSettings):
         super().__init__()
-        self.network, self.routing, self.settings = network, routing, settings
-        self.fitted = False  # by `fit_to_site`
+        self.network, self.routing, self.settings, self.fitted = network, routing, settings, False
         self.keep_start()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -217,14 +207,13 @@ class RoutedNetwork(nn.Module):
 def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSettings(),
                  generator: torch.Generator | None = None) -> RoutedNetwork:
     """Turn M trained networks of one architecture into one; the models stay as they are.
-
     models: personalised ones first, the global one last; made of Conv2d, ConvTranspose2d and
     BatchNorm2d among modules without parameters. generator (CPU) draws the routers' weights.
     Raises ValueError, naming the layer, where models differ or one cannot be routed; what only a
     pass can show is refused by `fit_to_site`."""
     models = [getattr(model, "_orig_mod", model) for model in models]  # of torch.compile
-    modules, routing = [dict(m.named_modules(remove_duplicate=False)) for m in models], []
-    made, places = {}, {}  # a module used in two places stays one module
+    modules = [dict(model.named_modules()) for model in models]
+    example, routing, made = next(models[-1].parameters()), [], {}
     for name in dict.fromkeys(name for own in modules for name in own):
         experts = [own.get(name) for own in modules]
         kinds = {f"{type(e).__name__}({e.extra_repr() if e is not None else ''})" for e in experts}
@@ -236,26 +225,14 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
         changed = last._forward_pre_hooks or last._forward_hooks or "forward" in vars(last)
         if (type(last) not in (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d) or changed
                 or not all(v.dtype.itemsize > 2 and v.isfinite().all() for v in values)):
-            raise ValueError(f"build_routed: cannot route '{name}', {kinds.pop()}: parameters are "
-                             f"for Conv2d, ConvTranspose2d, BatchNorm2d, not compiled, without hooks "
-                             f"or a forward of their own, finite, and not in half precision")
-        if last not in made and type(last) is nn.BatchNorm2d:
-            made[last] = RoutedBatchNorm2d(experts, routing, settings)
-        elif last not in made:
-            made[last] = RoutedConv2d(experts, name, routing, settings, generator)
-        places[name] = made[last]
-    network = plain_copy(models[-1])
-    for name, module in places.items():
-        parent, _, child = name.rpartition(".")
-        module.to(next(models[-1].parameters()))
-        if child:
-            setattr(network.get_submodule(parent), child, module)
-    return RoutedNetwork(places.get("", network), routing, settings).eval()
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, out of the wrapping of `torch.compile`."""
-    return copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+            raise ValueError(f"build_routed: cannot route '{name}', {kinds.pop()}: only Conv2d, "
+                             f"ConvTranspose2d, BatchNorm2d, without hooks or a forward of their "
+                             f"own, not compiled, finite, not in half precision")
+        routed = (RoutedBatchNorm2d(experts, routing, settings) if type(last) is nn.BatchNorm2d
+                  else RoutedConv2d(experts, name, routing, settings, generator))
+        made[id(last)] = routed.to(example)
+    # A copy of the last model with the routed layers wherever it has its own.
+    return RoutedNetwork(copy.deepcopy(models[-1], made), routing, settings).eval()
 
 
 # ---------------------------------------------------------------- the objective (M6 to M8)
@@ -266,7 +243,7 @@ def draw_views(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
-    """T of M6, or T⁻¹: by the bits of its number each image (N, C, H, W) is transposed (4), mirrored
+    """T of M6, or T⁻¹: by the bits of its number each image (N, C, H, W) is transposed (4), flipped
     up-down (2) and left-right (1): together the eight flips and 90° rotations."""
     for bit in (1, 2, 4) if inverse else (4, 2, 1):
         chosen = (views & bit > 0)[:, None, None, None]
@@ -283,7 +260,6 @@ def consistency_loss(probabilities: Tensor, of_view: Tensor, views: Tensor) -> T
 
 def shape_constraint(probabilities: Tensor, radius: int) -> Tensor:
     """Mean local range of the foreground probability: the price of contour length (M7).
-
     probabilities: (N, C, H, W) in [0, 1], class 0 the background.
     radius: half width d of the (2d+1)² window, in pixels; scale it with the image.
     Returns a scalar in [0, 1]: 0 for a constant map. Paper: idea; published code: window."""
@@ -320,7 +296,6 @@ def objective(routed: RoutedNetwork, images: Tensor,
 def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator,
           online: bool = False) -> Tensor:
     """Tune routers and BatchNorm's affine on unlabelled images, in place; return probabilities.
-
     images: (N, C_in, H, W) of one site, on the network's device, as must be the generator, which
     draws order, noise, views and dropout. Returns (N, C, H, W). The experts never change.
     offline: `passes` over all images in random order, then all are predicted.
@@ -344,7 +319,7 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator,
 @torch.enable_grad()
 def step(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> None:
     """One step of Adam on the objective of a batch (N, C_in, H, W)."""
-    for router in routed.parts(Router):
+    for router in routed.eval().parts(Router):
         router.train().generator = generator  # dropout on; `predict` turns it off
     loss, probabilities = objective(routed, images, generator)
     routed.optimiser.zero_grad()
@@ -356,7 +331,7 @@ def step(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> N
 
 @torch.no_grad()
 def predict(routed: RoutedNetwork, images: Tensor) -> Tensor:
-    """Probabilities (N, C, H, W) of images (N, C_in, H, W), dropout off. ValueError if not finite."""
+    """Probabilities (N, C, H, W) of images (N, C_in, H, W), dropout off, all finite."""
     batches = images.split(routed.settings.batch_size)
     probabilities = torch.cat([routed.eval().probabilities(batch) for batch in batches])
     if not probabilities.isfinite().all():
@@ -370,14 +345,20 @@ def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, 
                 start: str = "matched", global_prior: float | None = 0.5,
                 share: float | None = None, online: bool = False) -> None:
     """Once, before the first step: where routing starts, and whose BatchNorm statistics it uses.
-
     models: those that `routed` was built from. images: (N, C_in, H, W) of the site, for `online`
     the first batch, which `adapt` will count itself.
     start: "matched", every layer at the weights ∝ prior · exp(-D / spread), D a model's divergence,
-    spread its standard deviation; "uniform"; or "random", as it was built. global_prior: of the last
-    model, None: that of all. share: of the site's statistics, by default `site_share`.
+    spread its standard deviation; "uniform"; or "random", as built. global_prior: of the last model,
+    None: that of all. share: of the site's statistics, by default `site_share`.
     Raises ValueError where a model, routed alone, does not give what it gives itself."""
-    check_routing(models, images[:2])
+    probe = build_routed(models)
+    for number, model in enumerate(models):
+        route_alike(probe, torch.eye(len(models))[number])
+        with torch.autocast(images.device.type, enabled=False):
+            expected, found = plain_copy(model)(images[:2]), probe(images[:2])
+        if (found - expected).abs().max() > 0.01 * expected.abs().max():
+            raise ValueError(f"fit_to_site: model {number} is not itself when it is routed: parts "
+                             f"are unregistered, unlike the others', or begin with a BatchNorm")
     D = torch.stack([divergence(model, images) for model in models])  # (M,)
     weights = torch.full_like(D, 1 / len(D))
     if start == "matched":
@@ -391,43 +372,31 @@ def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, 
         for value in (norm.site_mean, norm.site_variance, norm.site_images):
             value.zero_()
         norm.site_share.fill_(site_share(models, D[-1]) if share is None else share)
-    if not online:  # all in one pass, since each layer needs the statistics before it; of all patients
+    if not online:  # in one pass, since each layer needs the statistics before it; of all patients
         chosen = torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()
         measure_site(routed, images[chosen])
     routed.fitted = True
     routed.keep_start()
 
 
+@torch.no_grad()
 def route_alike(routed: RoutedNetwork, weights: Tensor) -> None:
     """Let every layer give every image the routing weights (M,), which sum to one."""
-    with torch.no_grad():
-        for router in routed.parts(Router):
-            w = weights.to(router.fc2.weight)
-            router.fc2.bias.copy_(w.log() if router.settings.softmax else w.logit())
-            router.fc2.weight.zero_()
+    for router in routed.parts(Router):
+        w = weights.to(router.fc2.weight)
+        router.fc2.bias.copy_(w.log() if router.settings.softmax else w.logit())
+        router.fc2.weight.zero_()
 
 
-@torch.no_grad()
-def check_routing(models: list[nn.Module], images: Tensor) -> None:
-    """Raises ValueError where a model, routed alone, does not give what it gives itself: it holds
-    layers that no module registers, say, or attributes that differ from the other models'."""
-    probe = build_routed(models)
-    for number, model in enumerate(models):
-        route_alike(probe, torch.eye(len(models))[number])
-        with torch.autocast(images.device.type, enabled=False):
-            expected, found = plain_copy(model)(images), probe(images)
-        if (found - expected).abs().max() > 0.01 * expected.abs().max():
-            raise ValueError(f"fit_to_site: model {number} gives something else when it is routed: "
-                             f"parts of it are not registered, differ from the other models', or "
-                             f"a BatchNorm comes before the first convolution")
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, out of the wrapping of `torch.compile`."""
+    return copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
 
 
 @torch.no_grad()
 def divergence(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
     """How far images (N, C_in, H, W) are from what a network was trained on: a scalar, 0 is near.
-
-    `gaussian_divergence` of the inputs of each BatchNorm with running statistics; the mean over
-    these layers, 0 where there is none."""
+    `gaussian_divergence` of the inputs of BatchNorms with running statistics, mean over these."""
     model, sums = plain_copy(model), {}
 
     def count(norm: nn.Module, inputs: tuple) -> None:
@@ -458,18 +427,15 @@ def running_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
 
 def site_share(models: list[nn.Module], D: Tensor) -> float:
     """The share of the site's statistics in BatchNorm's, 1 / (1 + (7 u / D)⁴), for every layer.
-
     D: the site's `divergence` from the last model, the global one; u: that of the other models'
-    running statistics from its own, in the mean: how far apart the known hospitals lie. A site as
-    far as they are keeps what was learnt from more images than it has. 0 where u does not exist:
-    one model alone, or no running statistics. The constant 7: six real sources and seed 41."""
+    running statistics, in the mean: how far apart the known hospitals lie. A site no farther off
+    keeps what was learnt from more images than it has. 0 where u does not exist: one model alone,
+    no running statistics. The constant was set on six real sources and seed 41 of the simulation."""
     *others, last = [running_norms(model) for model in models]
     layers = [gaussian_divergence(norm.running_mean, norm.running_var, own)
               for norms in others for norm, own in zip(norms, last)]
-    if not layers:
-        return 0.0
-    u = torch.stack(layers).mean()
-    return (1 / (1 + (7 * u / D.clamp_min(1e-12)) ** 4)).item()
+    u = torch.stack(layers).mean() if layers else torch.inf
+    return float(1 / (1 + (7 * u / D.clamp_min(1e-12)) ** 4))
 
 
 @torch.no_grad()

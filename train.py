@@ -53,7 +53,10 @@ def train(args: argparse.Namespace, out: Path) -> int:
                    for name in inside]
     folders = [out / f"seed{seed}-{hold_out or 'all-inside'}-{name}"
                for seed, hold_out, name in federations]
-    check_batches(args, dataset.sites)
+    for count in (len(site.train.images) for site in dataset.sites):
+        if args.size <= 2**args.depth and count // -(-count // args.batch_size) == 1:
+            raise WrongUse("BatchNorm has nothing to measure in a batch of one image whose lowest level "
+                           "is one pixel; use a smaller --depth or another --batch-size")
     if not open_run_folder(args, out, dataset, chosen, inside, outside, folders):
         return 0
     say(f"{describe(dataset)}; {len(federations)} federations")
@@ -74,7 +77,7 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
 
     Returns rows of results.json and mean routing weights; `folder` holds them and the models."""
     if (folder / "rows.json").exists():
-        return read_json(folder / "rows.json")
+        return load(folder / "rows.json")
     begin, device = time.perf_counter(), args.device
     inside = [site for site in dataset.sites if site.name != hold_out]
     clients = {site.name: site.train.to(device) for site in inside}
@@ -135,11 +138,18 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
                                  "weights": served["routing"]["weights"]}
             draw_heat_map(result["routing"]["weights"], [*experts, "global"], folder / "routing.png")
             if "global" in served:
-                draw_outside(site.everything, dataset.structures, served, folder / "outside.png")
+                before, after = (served[label]["prediction"] for label in ("global", "routing"))
+                draw_outside(site.everything, dataset.structures, before, after, folder / "outside.png")
     result["seconds"] = {"inside": inside_seconds,
                          "outside": time.perf_counter() - begin - inside_seconds}
     save(folder / "rows.json", result)
     return result
+
+
+def load_dataset(args, seed: int) -> data.DataSet:
+    if args.root:
+        return data.load_folder(args.root, args.size, args.mask_values, seed, args.skip_empty)
+    return data.simulate_sites(args.task, seed, args.size, args.images_per_site, args.sites)
 
 
 def score_rows(dataset, seed: int, hold_out, site, split, prediction, phase, method, **more) -> list:
@@ -151,34 +161,32 @@ def score_rows(dataset, seed: int, hold_out, site, split, prediction, phase, met
 
 
 # ---------------------------------------------------------------- methods for a hospital outside
-# Each takes the models (the global one last), the hospital's images and a seed, and returns its
-# predictions (N, H, W), a list with the last one at its end, and the routed network, if there is one.
-def plain(model: torch.nn.Module, images: Tensor) -> tuple[list[Tensor], None]:
-    return [iopfl.predict(model, images)], None
+# Each takes the models (the global one last), the hospital's images as a split and a seed; it returns
+# predictions (N, H, W), the last one counts, and the routed network or None.
+@torch.no_grad()
+def plain_probabilities(model: torch.nn.Module, images: Tensor) -> Tensor:
+    return torch.cat([model(batch.float()).float().softmax(dim=1) for batch in images.split(32)])
 
 
-def global_alone(models, split, seed):
-    return plain(models[-1], split.images)
+def one_model(models, split, seed, chosen=-1):
+    return [iopfl.predict(models[chosen], split.images)], None
 
 
 def best_inside(models, split, seed):
     """The personalised model whose BatchNorm statistics fit the images best."""
-    fits = [router.divergence(model, split.images).item() for model in models[:-1]]
-    return plain(models[int(np.argmin(fits))], split.images)
+    fits = [router.divergence(model, split.images.float()).item() for model in models[:-1]]
+    return one_model(models, split, seed, int(np.argmin(fits)))
 
 
 def average(models, split, seed):
     """The mean of all weights."""
-    states = [iopfl.snapshot(model) for model in models]
-    return plain(with_state(models[0], iopfl.aggregate(states, [1] * len(states))), split.images)
+    mean = iopfl.aggregate([iopfl.snapshot(model) for model in models], [1] * len(models))
+    return one_model([with_state(models[0], mean)], split, seed)
 
 
-@torch.no_grad()
 def ensemble(models, split, seed):
     """The mean of all probabilities."""
-    total = sum(torch.cat([model(batch.float()).float().softmax(dim=1)
-                           for batch in split.images.split(32)]) for model in models)
-    return [total.argmax(dim=1)], None
+    return [sum(plain_probabilities(model, split.images) for model in models).argmax(dim=1)], None
 
 
 def oracle(models, split, seed):
@@ -195,55 +203,47 @@ def oracle(models, split, seed):
     return [prediction], None
 
 
-def routing(models, split, seed, *, settings=RoutingSettings(), experts=slice(None), online=False,
-            fit: dict | None = {}, curve: int = 0):
+def routing(models, split, seed, *, experts=slice(None), fit: dict | None = {}, online=False,
+            curve: int = 0, settings=RoutingSettings(), **changes):
     """Routing among `experts` of the models; fit: options of `router.fit_to_site`, None: without it;
     curve: so many times the passes of the settings, with a prediction after each."""
-    images, chosen = split.images.float(), models[experts]
-    routed = router.build_routed(chosen, settings, seeded(seed))
+    images, settings = split.images.float(), replace(settings, **changes)
+    routed = router.build_routed(models[experts], settings, seeded(seed))
     if fit is not None:
         seen = images[:settings.batch_size] if online else images
         share = router.site_share(models, router.divergence(models[-1], seen))
-        router.fit_to_site(routed, chosen, seen, online=online, **{"share": share, **fit})
+        router.fit_to_site(routed, models[experts], seen, online=online, **{"share": share, **fit})
     passes = [router.predict(routed, images).argmax(dim=1)] if curve else []
     generator = seeded(seed, images.device)
     for _ in range(curve or 1):
-        probabilities = router.adapt(routed, images, generator=generator, online=online)
-        passes.append(probabilities.argmax(dim=1))
+        passes.append(router.adapt(routed, images, generator=generator, online=online).argmax(dim=1))
     return passes, routed
 
 
-def variant(**changes) -> partial:
-    """Routing with other settings."""
-    return partial(routing, settings=replace(RoutingSettings(), **changes))
-
-
-STILL = RoutingSettings(passes=0)
 GLOBAL, PERSONAL = slice(-1, None), slice(None, -1)
-# With one expert there is nothing to route: what moves is BatchNorm's affine (Wang et al. 2021).
-TENT = RoutingSettings(batch_statistics=True, entropy=1.0, consistency=0.0, shape=0.0, lr=1e-3,
-                       passes=1, leash=None)
 OUTSIDE = {
-    "global": global_alone,
+    "global": one_model,
     "best-inside": best_inside,
     "ensemble": ensemble,
     "average": average,
-    "matched": partial(routing, settings=STILL, fit={"share": 0.0}),
-    "bn": partial(routing, settings=STILL, experts=GLOBAL, fit={"share": 1.0}),
-    "tent": partial(routing, settings=TENT, experts=GLOBAL, fit=None),
+    "matched": partial(routing, passes=0, fit={"share": 0.0}),
+    "bn": partial(routing, passes=0, experts=GLOBAL, fit={"share": 1.0}),
+    # With one expert there is nothing to route: what moves is BatchNorm's affine (Wang et al. 2021).
+    "tent": partial(routing, experts=GLOBAL, fit=None, batch_statistics=True, entropy=1.0,
+                    consistency=0.0, shape=0.0, lr=1e-3, passes=1, leash=None),
     "routing": routing,
     "routing-authors": partial(routing, settings=AUTHORS, fit=None),
     "oracle": oracle,
 }
 OUTSIDE_ABLATIONS = {
-    "no-steps": variant(passes=0),
-    "no-shape": variant(shape=0.0),  # consistency alone, since entropy is off
-    "no-consistency": variant(consistency=0.0),  # shape alone
-    "with-entropy": variant(entropy=0.1),
-    "entropy-alone": variant(entropy=0.1, consistency=0.0, shape=0.0),
-    "sigmoid": variant(softmax=False),
-    "site-routing": variant(per_sample=False),
-    "batch": variant(batch_statistics=True),
+    "no-steps": partial(routing, passes=0),
+    "no-shape": partial(routing, shape=0.0),  # consistency alone, since entropy is off
+    "no-consistency": partial(routing, consistency=0.0),  # shape alone
+    "with-entropy": partial(routing, entropy=0.1),
+    "entropy-alone": partial(routing, entropy=0.1, consistency=0.0, shape=0.0),
+    "sigmoid": partial(routing, softmax=False),
+    "site-routing": partial(routing, per_sample=False),
+    "batch": partial(routing, batch_statistics=True),
     **{f"share={share}": partial(routing, fit={"share": share}) for share in (0.0, 0.25, 0.5, 1.0)},
     "random-start": partial(routing, fit={"start": "random"}),
     "uniform-start": partial(routing, fit={"start": "uniform"}),
@@ -251,9 +251,9 @@ OUTSIDE_ABLATIONS = {
     "global-only": partial(routing, experts=GLOBAL),
     "personal-only": partial(routing, experts=PERSONAL, fit={"global_prior": None}),
     "online": partial(routing, online=True),
-    "no-leash": variant(leash=None),
-    "passes-20": partial(variant(passes=1), curve=20),
-    "passes-20-free": partial(variant(passes=1, leash=None), curve=20),
+    "no-leash": partial(routing, leash=None),
+    "passes-20": partial(routing, passes=1, curve=20),
+    "passes-20-free": partial(routing, passes=1, curve=20, leash=None),
 }
 INSIDE = {**METHODS, "centralised": Method()}
 INSIDE_ABLATIONS = {f"alpha={a}": Method(own="local", alpha=a) for a in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)}
@@ -270,21 +270,28 @@ def chosen_methods(args, hold_out: str | None) -> tuple[dict[str, Method], dict]
     if hold_out is not None:
         groups = {"all": OUTSIDE, "ablations": ["global", "routing", *OUTSIDE_ABLATIONS]}
     names = {n for chosen in args.methods for n in groups.get(chosen, [chosen])}
+    inside, outside = INSIDE | INSIDE_ABLATIONS, OUTSIDE | OUTSIDE_ABLATIONS
+    inside["iopfl"] = replace(METHODS["iopfl"], alpha=args.alpha)
+    if args.authors:
+        outside["routing"] = OUTSIDE["routing-authors"]
     names |= {"iopfl"} if hold_out is not None else set()
-    inside = {n: method for n, method in {**INSIDE, **INSIDE_ABLATIONS}.items() if n in names}
-    if "iopfl" in inside:
-        inside["iopfl"] = replace(METHODS["iopfl"], alpha=args.alpha)
-        inside.pop("fedavg", None)
-    every = {**OUTSIDE, **OUTSIDE_ABLATIONS}
-    every["routing"] = routing_of(args.authors)
-    outside = {n: every[n] for n in every if n in names and hold_out is not None}
+    names -= {"fedavg"} if "iopfl" in names else set()
+    inside = {name: method for name, method in inside.items() if name in names}
+    outside = {name: method for name, method in outside.items() if name in names and hold_out}
     if not inside:
         raise WrongUse(f"--methods {' '.join(args.methods)}: none is for hospitals inside")
     return inside, outside
 
 
-def routing_of(authors: bool):
-    return OUTSIDE["routing-authors"] if authors else routing
+def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
+    """The hospitals to hold out in turn; None stands for a federation of all."""
+    if choice == "none":
+        return [None]
+    chosen = names if choice == "all" else [names[-1] if choice is None else choice]
+    if chosen[0] not in names or len(names) < 2:
+        raise WrongUse(f"--hold-out {choice}: there are {', '.join(names)}; at least two are needed, "
+                       f"one of them, or all, to hold out; with none all are inside")
+    return chosen
 
 
 @torch.no_grad()
@@ -339,38 +346,30 @@ def save(path: Path, content: dict) -> None:
     partial_file.replace(path)
 
 
-def read_json(path: Path) -> dict:
-    try:
-        found = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: damaged, or not written by this script ({error})") from None
-    if not isinstance(found, dict):
-        raise ValueError(f"{path}: not written by this script")
-    return found
-
-
 def load(path: Path) -> dict:
+    """What `save` wrote; nothing in the file is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)  # executes nothing
+        if path.suffix == ".pt":
+            return dict(torch.load(path, map_location="cpu", weights_only=True))
+        return dict(json.loads(path.read_bytes()))
     except OSError:
         raise
     except Exception as error:  # of many kinds: the archive, its index or a tensor may be wrong
-        raise ValueError(f"{path}: damaged, or not written by this script ({type(error).__name__})") from None
+        raise ValueError(f"{path}: damaged, or not written by this script ({type(error).__name__}); "
+                         f"--overwrite begins anew") from None
 
 
 def load_round(path: Path) -> iopfl.Round | None:
     """The last whole round of a federation that was interrupted."""
-    if not path.exists():
-        return None
-    try:
-        return iopfl.Round(**load(path))
-    except TypeError:
-        raise ValueError(f"{path}: not written by this script; --overwrite begins anew") from None
+    found = load(path) if path.exists() else None
+    if found is not None and set(found) != {"number", "global_state", "own", "losses"}:
+        raise ValueError(f"{path}: not written by this script; --overwrite begins anew")
+    return found and iopfl.Round(**found)
 
 
 def open_run_folder(args, out: Path, dataset, chosen, inside, outside, folders) -> bool:
     """config.json: all that decides about the results, as it is now, so that the default written out
-    or another spelling of a path is not another setting."""
+    or another spelling of a path is not another setting. False: the run is finished already."""
     left_out = ("out", "overwrite", "resume", "methods", "list", "adapt", "images", "masks", "online")
     config = {name: value for name, value in vars(args).items() if name not in left_out}
     config |= {"root": args.root and str(Path(args.root).resolve()), "hold_out": chosen,
@@ -378,45 +377,43 @@ def open_run_folder(args, out: Path, dataset, chosen, inside, outside, folders) 
                "channels": dataset.channels, "classes": dataset.classes, "kind": dataset.kind,
                "structures": dataset.structures, "mask_values": dataset.mask_values,
                "content": dataset.fingerprint(), "torch": torch.__version__, "numpy": np.__version__}
-    files = ["results.json", "hospitals.png", "routing.png", "curves.png"]
     names = ("last.pt", "rows.json", "adapted.pt", "routing.png", "outside.png")
-    files += [f"{folder.name}/{name}" for folder in folders for name in names]
+    config["files"] = ["results.json", "hospitals.png", "routing.png", "curves.png"]
+    config["files"] += [f"{folder.name}/{name}" for folder in folders for name in names]
     mine = {}
     if first():
-        mine["new"] = open_folder(out, {**config, "files": files}, "results.json", args)
+        mine["new"] = open_folder(out, config, "results.json", args)
         draw_hospitals(dataset.sites[:MOST_SHOWN], out / "hospitals.png")
     return gather(mine)["new"]  # no process goes on before the folder is as it should be
 
 
 def open_folder(out: Path, config: dict, proof: str, args) -> bool:
     """Make `out` a new run of these settings, or one that goes on; False: it is finished already.
-
     proof: the file that is written last. config["files"]: what a run may write beside config.json."""
     config = json.loads(json.dumps({"program": "IOP-FL train.py", **config}))
     for name in ("root", "images", "masks", "adapt"):
         if getattr(args, name) and Path(getattr(args, name)).resolve().is_relative_to(out):
             raise WrongUse(f"--{name} {getattr(args, name)} lies inside --out {out}; say another --out")
-    file = out / "config.json"
-    before = read_json(file) if file.is_file() else {}
-    if not before and out.exists() and (not out.is_dir() or any(out.iterdir())):
+    file, finished = out / "config.json", (out / proof).exists()
+    before = load(file) if file.is_file() else {}
+    foreign = before.get("program") != config["program"] if before else out.is_file() or (
+        out.exists() and any(out.iterdir()))
+    if foreign:
         raise WrongUse(f"{out} holds other things than a run; say another --out")
-    if before and before.get("program") != config["program"]:
-        raise WrongUse(f"{file} was not written by this script; say another --out")
     if before and args.resume:
         for name in {**before, **config}:
             if before.get(name) != config.get(name):
                 raise WrongUse(f"{out} holds a run with another setting, {name} {before.get(name)} "
                                f"instead of {config.get(name)}; say another --out or --overwrite")
-        if (out / proof).exists():
-            say(f"{out} is finished")
-        return not (out / proof).exists()
+        say(f"{out} is finished" if finished else f"{out} goes on")
+        return not finished
     if before and not args.overwrite:
-        way = "say --overwrite" if (out / proof).exists() or args.adapt else "say --resume, --overwrite"
-        raise WrongUse(f"{out} holds a run; {way} or another --out")
-    for name in [proof, *before.get("files", []), "config.json"] if before else []:
+        way = "--overwrite" if finished or args.adapt else "--resume, --overwrite"
+        raise WrongUse(f"{out} holds a run; say {way} or another --out")
+    for name in [*before.get("files", []), "config.json"] if before else []:
         path = out / name
         for old in (path, path.with_name(path.name + ".partial")):
-            if not {"..", "/"} & set(Path(name).parts) and old.is_file():
+            if ".." not in path.parts and old.is_relative_to(out) and old.is_file():
                 old.unlink()
         if path.parent != out and path.parent.is_dir() and not any(path.parent.iterdir()):
             path.parent.rmdir()
@@ -438,7 +435,7 @@ def report(args, out: Path, dataset, found: list[dict], seconds: float) -> None:
         draw_routing(routings, out / "routing.png")
     if curves(rows, "dice"):
         draw_curves(curves(rows, "dice"), out / "curves.png")
-    config = read_json(out / "config.json")
+    config = load(out / "config.json")
     save(out / "results.json", {"config": config, "machine": machine, "seconds": spent, "rows": rows})
     say(tables(rows, dataset.unit))
     memory = f", peak memory {machine['peak_memory_mib']} MiB" if machine["peak_memory_mib"] else ""
@@ -548,6 +545,11 @@ def palette() -> list[int]:
     return [value for colour in colours for value in colour]
 
 
+def spread(values: np.ndarray, count: int) -> np.ndarray:
+    """So many of the values, from the first to the last."""
+    return values[np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)]
+
+
 def picture(image: Tensor, contours: list[tuple[Tensor, tuple]] = (), size=(160, 160)) -> Image.Image:
     """An image (C, H, W) as RGB of a size (width, height), with the outlines of every class of some
     masks (H, W), the last on top."""
@@ -588,33 +590,29 @@ def draw_hospitals(sites: list[data.Site], path: Path) -> None:
     count, cells = min(6, min(len(site.train.images) for site in sites)), []
     for site in sites:
         # Of volumes such slices as hold something, spread over the patients.
-        shown = (site.train.masks > 0).flatten(1).any(dim=1).nonzero()[:, 0]
-        shown = shown if len(shown) >= count else torch.arange(len(site.train.images))
-        shown = shown[torch.linspace(0, len(shown) - 1, count).round().long()].tolist()
-        outlines = [[]] * (count - 2) + [[(site.train.masks[i], GREEN)] for i in shown[count - 2:]]
+        shown = (site.train.masks > 0).flatten(1).any(dim=1).nonzero()[:, 0].numpy()
+        shown = spread(shown if len(shown) >= count else np.arange(len(site.train.images)), count)
+        outlines = [[]] * (count - 2) + [[(site.train.masks[i], GREEN)] for i in shown[-2:]]
         cells.append([picture(site.train.shown(i), o) for i, o in zip(shown, outlines)])
-    titles = [""] * (count - 2) + ["drawn by its annotator"]
     path.parent.mkdir(parents=True, exist_ok=True)
-    draw_grid(cells, [site.name for site in sites], titles if count > 2 else [], path)
+    titles = [""] * (count - 2) + ["drawn by its annotator"] if count > 2 else []
+    draw_grid(cells, [site.name for site in sites], titles, path)
 
 
-def draw_outside(split: data.Split, structures: dict, served: dict, path: Path) -> None:
+def draw_outside(split: data.Split, structures: dict, before: Tensor, after: Tensor, path: Path) -> None:
     """Six images from the greatest loss to the greatest gain by routing: truth, global, routed."""
-    before, after = (served[method]["prediction"] for method in ("global", "routing"))
     masks, dice = split.masks.numpy(), []
-    for prediction in (before.numpy(), after.numpy()):
-        dice.append([np.mean([iopfl.dice(np.isin(p, classes), np.isin(m, classes))
-                              for classes in structures.values()]) for p, m in zip(prediction, masks)])
-    dice = np.array(dice)
-    order = np.argsort(dice[1] - dice[0], kind="stable")
-    order = order[np.linspace(0, len(order) - 1, min(6, len(order))).astype(int)]
-    cells = []
+    for p, q, m in zip(before.numpy(), after.numpy(), masks):
+        pairs = [[np.isin(x, classes) for x in (p, q, m)] for classes in structures.values()]
+        dice.append([np.mean([iopfl.dice(x[0], x[2]) for x in pairs]),
+                     np.mean([iopfl.dice(x[1], x[2]) for x in pairs])])
+    gains = np.array(dice) @ [-1, 1]
+    cells, order = [], spread(np.argsort(gains, kind="stable"), 6)
     for i in order:
         truth, image = (split.masks[i], GREEN), split.shown(i)
-        cells.append([picture(image), picture(image, [truth]),
-                      picture(image, [truth, (before[i], ORANGE)]),
-                      picture(image, [truth, (after[i], BLUE)])])
-    labels = [f"Dice {100 * dice[0, i]:.0f} to {100 * dice[1, i]:.0f}" for i in order]
+        outlines = ([], [truth], [truth, (before[i], ORANGE)], [truth, (after[i], BLUE)])
+        cells.append([picture(image, outline) for outline in outlines])
+    labels = [f"Dice {100 * dice[i][0]:.0f} to {100 * dice[i][1]:.0f}" for i in order]
     draw_grid(cells, labels, ["image", "truth (green)", "global (orange)", "routed (blue)"], path)
 
 
@@ -702,33 +700,40 @@ def show(args, out: Path) -> int:
 
 
 # ---------------------------------------------------------------- unlabelled images (--adapt)
-def open_run(path: Path, device: str) -> tuple[dict, list, router.RoutedNetwork | None]:
-    """What is known of a trained run, and its models; of what --adapt wrote, the routed network."""
-    adapted = (path / "adapted.json").is_file()
-    if not adapted:
-        folds = [path] if (path / "rows.json").is_file() else sorted(
-            file.parent for file in path.glob("seed*-iopfl/rows.json"))
-        if len(folds) != 1:
-            names = "".join(f"; --adapt {fold}" for fold in folds[:6])
-            raise WrongUse(f"{path}: expected one finished federation of iopfl, found {len(folds)}{names}")
-        path = folds[0]
-    file = path / "adapted.json" if adapted else path.parent / "config.json"
+def run_file(path: Path) -> Path:
+    """adapted.json of what --adapt wrote, or rows.json of a trained run's one federation of iopfl."""
+    if (path / "adapted.json").is_file():
+        return path / "adapted.json"
+    found = [*path.glob("rows.json"), *sorted(path.glob("seed*-iopfl/rows.json"))]
+    if len(found) != 1:
+        raise WrongUse(f"{path}: expected one finished federation of iopfl, found {len(found)}"
+                       + "".join(f"; --adapt {file.parent}" for file in found[:6]))
+    return found[0]
+
+
+def precision_of(path: Path) -> str:
+    file = run_file(path)
+    settings = file if file.stem == "adapted" else file.parent.parent / "config.json"
+    return load(settings).get("precision")
+
+
+def open_run(path: Path, device: str) -> tuple[dict, list, router.RoutedNetwork]:
+    """What is known of a run, its models, and them as one; of what --adapt wrote, no models."""
+    file = run_file(path)
+    folder, adapted = file.parent, file.stem == "adapted"
     try:
-        known = read_json(file)
+        known = load(file if adapted else folder.parent / "config.json")
         model = UNet(known["channels"], known["classes"], known["width"], known["depth"])
         model = model.to(device, memory_format=torch.channels_last)
-        options = routing_of(known["authors"])
-        options = options.keywords if options is not routing else {}
-        settings = options.get("settings", RoutingSettings())
+        settings = AUTHORS if known["authors"] else RoutingSettings()
         if adapted:
             routed = router.build_routed([model] * len(known["experts"]), settings)
-            routed.load_state_dict(load(path / "adapted.pt"))
+            routed.load_state_dict(load(folder / "adapted.pt"))
             return known, [], routed
-        last = load_round(path / "last.pt")
-        known |= {"experts": [*last.own, "global"], "seed": int(path.name[4:].split("-")[0])}
+        last = load_round(folder / "last.pt")
+        known |= {"experts": [*last.own, "global"], "seed": int(folder.name[4:].split("-")[0])}
         models = [with_state(model, state) for state in (*last.own.values(), last.global_state)]
-        return known | {"fit": options.get("fit", {})}, models, router.build_routed(
-            models, settings, seeded(known["seed"]))
+        return known, models, router.build_routed(models, settings, seeded(known["seed"]))
     except (LookupError, TypeError, AttributeError, RuntimeError) as error:
         raise ValueError(f"{file}: damaged, or of another version of this script "
                          f"({type(error).__name__}); train again") from None
@@ -736,163 +741,180 @@ def open_run(path: Path, device: str) -> tuple[dict, list, router.RoutedNetwork 
 
 def adapt_to_folder(args, out: Path) -> int:
     """Masks, overlays and a report for a folder of unlabelled images; 1 if some were left out."""
+    begin, folder = time.perf_counter(), Path(args.images)
     known, models, routed = open_run(Path(args.adapt), args.device)
     if args.online and not models:
         raise WrongUse(f"{args.adapt} was adapted before and is used as it is; leave out --online")
-    masks = Path(args.masks) if args.masks else None
-    pairs = data.pairs_of(Path(args.images), masks, strict=False)
+    pairs = data.pairs_of(folder, Path(args.masks) if args.masks else None, strict=False)
     if not pairs:
-        raise WrongUse(f"{args.images}: no image; PNG, JPEG, TIFF, BMP, GIF and NIfTI are known")
-    if masks and not any(mask for _, mask in pairs):
-        complain(f"--masks {masks}: no mask has the name of an image")
-    values, begin = args.mask_values or known["mask_values"], time.perf_counter()
-    written = [f"overlays/{data.stem(file)}.png" for file, _ in pairs]
-    written += [f"masks/{mask_name(file)}" for file, _ in pairs]
-    written += ["adapted.json", "adapted.pt", "images.csv", "routing.png"]
-    given = {"adapt": str(Path(args.adapt).resolve()), "images": str(Path(args.images).resolve())}
-    open_folder(out, {**given, "files": written}, "adapted.json", args)
+        raise WrongUse(f"{folder}: no image; PNG, JPEG, TIFF, BMP, GIF and NIfTI are known")
+    if args.masks and not any(mask for _, mask in pairs):
+        complain(f"--masks {args.masks}: no mask has the name of an image")
+    files = [name for file, _ in pairs for name in (f"overlays/{data.stem(file)}.png", mask_name(file))]
+    files += ["adapted.json", "adapted.pt", "images.csv", "routing.png"]
+    config = {"adapt": str(Path(args.adapt).resolve()), "images": str(folder.resolve()), "files": files}
+    open_folder(out, config, "adapted.json", args)
+    known["mask_values"] = args.mask_values or known["mask_values"]
 
     inputs, sources = [], []
     for file, mask_file in pairs:
         try:
             pixels = data.read_pixels(file)
             planes = data.network_input(file, pixels, known["size"], known["channels"], known["kind"])
+            inputs.append(torch.from_numpy(planes))
         except (ValueError, OSError) as error:
             complain(f"left out: {error}")
             continue
         try:
-            if mask_file:  # now, not after an hour
-                data.read_truth(mask_file, values, known["kind"], pixels.shape[:3], known["classes"])
+            truth_of(mask_file, known, pixels.shape[:3])  # now, not after an hour
         except (ValueError, OSError) as error:
             complain(f"not scored: {error}")
             mask_file = None
-        inputs.append(torch.from_numpy(planes))
-        sources.append((file, mask_file, len(planes)))
+        sources.append((file, mask_file))
     if not inputs:
-        raise ValueError(f"{args.images}: none of the {len(pairs)} files can be used")
+        raise ValueError(f"{folder}: none of the {len(pairs)} files can be used")
     images = torch.cat(inputs).to(args.device, memory_format=torch.channels_last)
 
+    if models and not known["authors"]:
+        seen = images[:routed.settings.batch_size] if args.online else images
+        router.fit_to_site(routed, models, seen, online=args.online)
     generator = seeded(known["seed"], args.device)
-    if models:
-        if known["fit"] is not None:
-            seen = images[:routed.settings.batch_size] if args.online else images
-            router.fit_to_site(routed, models, seen, online=args.online, **known["fit"])
-        probabilities = router.adapt(routed, images, generator=generator, online=args.online)
-    else:
-        probabilities = router.predict(routed, images)
-    results = {"after": probabilities}
-    if models and masks:
-        batches = images.split(routed.settings.batch_size)
-        with torch.no_grad():
-            results["before"] = torch.cat([models[-1](b).float().softmax(dim=1) for b in batches])
-    agreement, rows, start = agreements(routed, images, probabilities), [], 0
-    for name in ("masks", "overlays"):
-        (out / name).mkdir(exist_ok=True)
-    for file, mask_file, count in sources:
-        here = slice(start, start + count)
-        start += count
+    results = {"after": router.adapt(routed, images, generator=generator, online=args.online)
+               if models else router.predict(routed, images)}
+    if models and args.masks:
+        results["before"] = plain_probabilities(models[-1], images)
+    agreement, rows, counts = agreements(routed, images, results["after"]), [], [*map(len, inputs)]
+    parts = [dict(zip(results, own)) for own in zip(*(p.split(counts) for p in results.values()))]
+    for (file, mask_file), part, own in zip(sources, parts, agreement.split(counts)):
         try:
-            own = {when: p[here] for when, p in results.items()}
-            overlap, size = agreement[here].sum(axis=0)
-            rows.append(write_masks(file, mask_file, own, values, known, out)
-                        | {"confidence": float(overlap / max(size, 1e-6))})
+            overlap, size = own.sum(dim=0).tolist()
+            rows.append({"file": file.name, "confidence": overlap / max(size, 1e-6),
+                         **write_masks(file, mask_file, part, known, out)})
         except (ValueError, OSError) as error:  # it was there a moment ago
             complain(f"left out: {error}")
-    if not rows:
-        raise ValueError(f"{args.images}: none of the {len(pairs)} files can be used")
 
     weights = mean_routing(routed, images)
     draw_heat_map(weights, known["experts"], out / "routing.png")
     chosen = dict(zip(known["experts"], np.mean([*weights.values()], axis=0).tolist()))
     save(out / "adapted.pt", {name: value.cpu() for name, value in routed.state_dict().items()})
-    columns = list(dict.fromkeys(key for row in rows for key in row))
+    columns = list(dict.fromkeys(key for row in rows for key in row))  # without a mask no Dice
     with open(out / "images.csv", "w", newline="", encoding="utf-8", errors="backslashreplace") as file:
-        writer = csv.DictWriter(file, columns)  # without a mask a row has no Dice
+        writer = csv.DictWriter(file, columns)
         writer.writeheader()
         writer.writerows(rows)
     kept = ("size", "width", "depth", "channels", "classes", "kind", "mask_values", "structures",
             "seed", "experts", "authors", "precision")
     save(out / "adapted.json", {key: known[key] for key in kept} | {"files": len(rows), "chosen": chosen})
-    say("What routing chose, mean over layers and images: "
-        + ", ".join(f"{name} {weight:.2f}" for name, weight in chosen.items()))
+    shares = ", ".join(f"{name} {weight:.2f}" for name, weight in chosen.items())
+    say(f"What routing chose, mean over layers and images: {shares}")
     for key in columns[1:]:
         found = [row[key] for row in rows if key in row]
-        scored = f", {len(found)} files" * (len(found) < len(rows))
-        say(f"{key}: mean {np.mean(found):.3f}, least {min(found):.3f}{scored}")
-    say(f"{len(rows)} of {len(pairs)} files in {time.perf_counter() - begin:.0f} s. "
-        f"Masks, overlays, images.csv: {out}")
+        say(f"{key}: mean {np.mean(found):.3f}, least {min(found):.3f}, {len(found)} files")
+    say(f"{len(rows)} of {len(pairs)} files in {time.perf_counter() - begin:.0f} s: {out}")
     return int(len(rows) < len(pairs))
 
 
 @torch.no_grad()
-def agreements(routed: router.RoutedNetwork, images: Tensor, probabilities: Tensor) -> np.ndarray:
+def agreements(routed: router.RoutedNetwork, images: Tensor, probabilities: Tensor) -> Tensor:
     """For each image overlap and size (N, 2) of the foreground in it and in a noisy, turned view."""
-    generator, found = seeded(0, images.device), []
-    size = routed.settings.batch_size
+    generator, size, found = seeded(0, images.device), routed.settings.batch_size, []
     for batch, p in zip(images.split(size), probabilities.split(size)):
         views = router.draw_views(batch, generator)
         noise = torch.randn(batch.shape, generator=generator, device=batch.device)
-        seen = router.view(batch + routed.settings.noise * noise, views)
-        p, q = 1 - p[:, 0], 1 - router.view(router.predict(routed, seen), views, inverse=True)[:, 0]
-        found.append(torch.stack([(2 * p * q).sum(dim=(1, 2)), (p * p + q * q).sum(dim=(1, 2))], dim=1))
-    return torch.cat(found).cpu().numpy()
+        seen = router.predict(routed, router.view(batch + routed.settings.noise * noise, views))
+        p, q = 1 - p[:, 0], 1 - router.view(seen, views, inverse=True)[:, 0]
+        found.append(torch.stack([2 * p * q, p * p + q * q], dim=1).sum(dim=(2, 3)))
+    return torch.cat(found)
 
 
 def mask_name(file: Path) -> str:
-    return data.stem(file) + (".nii.gz" if data.is_volume(file) else ".png")
+    return f"masks/{data.stem(file)}" + (".nii.gz" if data.is_volume(file) else ".png")
 
 
-def write_masks(file: Path, mask_file: Path | None, probabilities: dict, values, known: dict,
-                out: Path) -> dict:
-    """Mask and overlay of a file at its own size; its line of images.csv, with Dice if it has a mask."""
-    pixels, name, masks = data.read_pixels(file), data.stem(file), {}
-    for when, stack in probabilities.items():  # (n, C, h, w)
-        large = [torch.nn.functional.interpolate(p[None], pixels.shape[1:3], mode="bilinear")
-                 .argmax(dim=1)[0].byte().cpu().numpy() for p in stack]
-        masks[when] = np.stack(large)  # (n, H, W)
-    mask = masks["after"]
-    row = {"file": file.name, "foreground": float((mask > 0).mean())}
-    if mask_file:
-        truth = data.read_truth(mask_file, values, known["kind"], mask.shape, known["classes"])
-        for when, structure in ((w, s) for w in masks for s in known["structures"]):
-            classes = known["structures"][structure]
-            row[f"Dice {structure} {when}"] = iopfl.dice(np.isin(masks[when], classes),
-                                                         np.isin(truth, classes))
+def truth_of(mask_file: Path | None, known: dict, shape: tuple) -> np.ndarray | None:
+    return mask_file and data.read_truth(mask_file, known["mask_values"], known["kind"], shape,
+                                         known["classes"])
+
+
+def write_masks(file: Path, mask_file: Path | None, results: dict, known: dict, out: Path) -> dict:
+    """Mask and overlay of a file at its own size; its line of images.csv, Dice if it has a mask.
+    results: "after", and perhaps "before", probabilities (n, C, h, w)."""
+    pixels, masks = data.read_pixels(file), {}
+    for when, stack in results.items():
+        large = [torch.nn.functional.interpolate(p[None], pixels.shape[1:3], mode="bilinear") for p in stack]
+        masks[when] = np.stack([p.argmax(dim=1)[0].byte().cpu().numpy() for p in large])  # (n, H, W)
+    mask, truth = masks["after"], truth_of(mask_file, known, pixels.shape[:3])
+    row = {"foreground": float((mask > 0).mean())}
+    for when, structure in [(w, s) for w in masks for s in known["structures"]] if mask_file else []:
+        of = [np.isin(m, known["structures"][structure]) for m in (masks[when], truth)]
+        row[f"Dice {structure} {when}"] = iopfl.dice(*of)
+    overlay = out / "overlays" / f"{data.stem(file)}.png"
+    for folder in ("masks", "overlays"):
+        (out / folder).mkdir(exist_ok=True)
     if data.is_volume(file):
-        data.write_volume(out / "masks" / mask_name(file), mask, file)
+        data.write_volume(out / mask_name(file), mask, file)
         filled = np.flatnonzero(mask.any(axis=(1, 2)))
-        shown = filled if len(filled) else np.arange(len(mask))
-        shown = shown[np.linspace(0, len(shown) - 1, min(6, len(shown))).round().astype(int)]
+        shown = spread(filled if len(filled) else np.arange(len(mask)), 6)
         cells = [picture(torch.from_numpy(pixels[i, :, :, 0][None]), [(torch.from_numpy(mask[i]), BLUE)])
                  for i in shown]
-        titles = [f"slice {i}" for i in shown]
-        draw_grid([cells], [name[:14]], titles, out / "overlays" / f"{name}.png")
+        draw_grid([cells], [overlay.stem[:14]], [f"slice {i}" for i in shown], overlay)
     else:
         image = Image.fromarray(mask[0])
         image.putpalette(palette())
-        image.save(out / "masks" / mask_name(file))
-        height, width = mask.shape[1:]
-        scale = min(1, 640 / max(height, width))
-        size = (max(1, round(width * scale)), max(1, round(height * scale)))
-        overlay = picture(torch.from_numpy(pixels[0].transpose(2, 0, 1)),
-                          [(torch.from_numpy(mask[0]), BLUE)], size)
-        overlay.save(out / "overlays" / f"{name}.png")
+        image.save(out / mask_name(file))
+        scale = min(1, 640 / max(mask.shape[1:]))
+        size = tuple(max(1, round(side * scale)) for side in mask.shape[:0:-1])
+        drawn = [(torch.from_numpy(mask[0]), BLUE)]
+        picture(torch.from_numpy(pixels[0].transpose(2, 0, 1)), drawn, size).save(overlay)
     return row
 
 
 # ---------------------------------------------------------------- the command line
-DEFAULTS = {"task": "prostate", "root": None, "mask_values": None, "size": 96, "sites": 6,
-            "images_per_site": 60, "skip_empty": False, "list": False, "adapt": None, "images": None,
-            "masks": None, "online": False, "hold_out": None, "seeds": [0],
-            "methods": ["fedavg", "iopfl", "global", "average", "routing"], "rounds": 30,
-            "participation": 1.0, "local_epochs": 1, "batch_size": 5, "lr": 1e-3,
-            "alpha": METHODS["iopfl"].alpha, "width": 16, "depth": 3, "authors": False,
-            "device": "auto", "precision": "fp32", "threads": None, "out": None, "resume": False,
-            "overwrite": False}
-EVERYWHERE = {"device", "threads", "out"}
-READING = {"task", "root", "mask_values", "size", "sites", "images_per_site", "skip_empty", "seeds"}
-WITH_ADAPT = EVERYWHERE | {"adapt", "images", "masks", "online", "mask_values", "overwrite"}
-SIMULATED, OF_FOLDERS = {"task", "sites", "images_per_site"}, {"mask_values", "skip_empty"}
+METHODS_BY_DEFAULT = ["fedavg", "iopfl", "global", "average", "routing"]
+# name: default (its type is the option's; None: a text), help
+OPTIONS = {
+    "task": ("prostate", "which simulated hospitals: prostate or fundus"),
+    "root": (None, "folders of real images instead, one a site; layouts in README.md"),
+    "mask_values": ([int], "grey values of the classes in real masks, background first"),
+    "size": (96, "height and width of an image, in pixels"),
+    "sites": (6, "number of simulated hospitals"),
+    "images_per_site": (60, "simulated: 60 per cent train, 15 validate, 25 test"),
+    "skip_empty": (False, "slices without prostate do not train"),
+    "list": (False, "show what the images are and end"),
+    "adapt": (None, "a trained run, a folder seed… of it, or what --adapt wrote"),
+    "images": (None, "with --adapt: folder of PNG, JPEG, TIFF, BMP, GIF or NIfTI files"),
+    "masks": (None, "with --adapt: folder of masks of the same names, to report Dice"),
+    "online": (False, "with --adapt: one step a batch, as images come"),
+    "hold_out": (None, "hospital outside: a name, all (in turn) or none (default the last)"),
+    "seeds": ([0], "one federation for each"),
+    "methods": (METHODS_BY_DEFAULT, f"all, ablations or some of {', '.join(KNOWN)}; all and ablations "
+                "are those inside with --hold-out none, else those outside"),
+    "rounds": (30, "federated rounds"),
+    "participation": (1.0, "share of the hospitals that take part in a round, drawn for each"),
+    "local_epochs": (1, "epochs of local training a round"),
+    "batch_size": (5, "images a step of training"),
+    "lr": (1e-3, "learning rate of Adam"),
+    "alpha": (METHODS["iopfl"].alpha, "share of its past that a personalised model keeps (M2)"),
+    "width": (16, "channels of the U-Net's top level"),
+    "depth": (3, "levels of the U-Net below the top"),
+    "authors": (False, "settings of the published code: 100 rounds, alpha 0.1, router.AUTHORS; "
+                "options given beside it win"),
+    "device": ("auto", "where to compute: auto, cpu or cuda"),
+    "precision": ("fp32", "fp32, or bf16: convolutions in bfloat16"),
+    "threads": ([int], "on the CPU, a process; the same number gives the same bits"),
+    "out": (None, "folder for models, pictures, results.json (default runs/<name>)"),
+    "resume": (False, "go on with the unfinished run of these settings"),
+    "overwrite": (False, "remove the run that lies in --out first"),
+}
+CHOICES = {"task": ("prostate", "fundus"), "device": ("auto", "cpu", "cuda"),
+           "precision": ("fp32", "bf16")}
+# Least and most; beyond is a slip of the hand.
+RANGES = {"size": (1, 4096), "sites": (1, 10**6), "images_per_site": (4, 10**6), "rounds": (1, 10**6),
+          "local_epochs": (1, 10**6), "batch_size": (1, 10**6), "width": (1, 1024), "depth": (1, 10),
+          "lr": (1e-12, 1000), "alpha": (0, 1), "participation": (1e-12, 1), "threads": (1, 1024)}
+ADAPTING = {"adapt", "images", "masks", "online", "mask_values", "device", "threads", "out", "overwrite"}
+READING = {"list", "task", "root", "mask_values", "size", "sites", "images_per_site", "skip_empty",
+           "seeds", "device", "threads", "out"}
 
 
 class Parser(argparse.ArgumentParser):
@@ -900,122 +922,57 @@ class Parser(argparse.ArgumentParser):
         raise WrongUse(f"{message}; --help shows all options")
 
 
-def parser() -> Parser:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False,
-                    epilog="What adaptation does at test time: router.RoutingSettings.")
-    add = parser.add_argument
-    add("--task", choices=("prostate", "fundus"), help="which simulated hospitals (prostate)")
-    add("--root", metavar="DIR", help="real images instead, a folder a site; layouts in README.md")
-    add("--mask-values", type=int, nargs="+", metavar="V",
-        help="grey values of the classes in real masks, background first, such as 0 128 255")
-    add("--size", type=int, metavar="N", help="height and width of an image, in pixels (96)")
-    add("--sites", type=int, metavar="N", help="number of simulated hospitals (6)")
-    add("--images-per-site", type=int, metavar="N",
-        help="of a simulated hospital: 60 per cent train, 15 validate, 25 test (60)")
-    add("--skip-empty", action="store_true", help="slices without prostate do not train")
-    add("--list", action="store_true", help="show what the images are and end")
-    add("--adapt", metavar="RUN", help="a trained run, a folder seed… of it, or what --adapt wrote")
-    add("--images", metavar="DIR", help="with --adapt: PNG, JPEG, TIFF, BMP, GIF or NIfTI files")
-    add("--masks", metavar="DIR", help="with --adapt: masks of the same names, to report Dice")
-    add("--online", action="store_true", help="with --adapt: one step a batch, as images come")
-    add("--hold-out", metavar="SITE", help="hospital outside: a name, all or none (the last)")
-    add("--seeds", type=int, nargs="+", metavar="N", help="one federation for each (0)")
-    add("--methods", nargs="+", metavar="M", help="all, ablations, or some of "
-        f"{', '.join(KNOWN)}; all and ablations are those inside with --hold-out none, else outside "
-        f"({' '.join(DEFAULTS['methods'])})")
-    add("--rounds", type=int, metavar="N", help="federated rounds (30)")
-    add("--participation", type=float, metavar="SHARE",
-        help="share of the hospitals that take part in a round, drawn for each (1)")
-    add("--local-epochs", type=int, metavar="N", help="epochs of local training a round (1)")
-    add("--batch-size", type=int, metavar="N", help="images a step of training (5)")
-    add("--lr", type=float, help="learning rate of Adam (0.001)")
-    add("--alpha", type=float, help="share of its past that a personalised model keeps, M2 (0.7)")
-    add("--width", type=int, metavar="N", help="channels of the U-Net's top level (16)")
-    add("--depth", type=int, metavar="N", help="levels of the U-Net below the top (3)")
-    add("--authors", action="store_true", help="settings of the published code: 100 rounds, alpha "
-        "0.1, router.AUTHORS; options given beside it win")
-    add("--device", choices=("auto", "cpu", "cuda"), help="where to compute (auto)")
-    add("--precision", choices=("fp32", "bf16"), help="bf16: convolutions in bfloat16 (fp32)")
-    add("--threads", type=int, metavar="N", help="on the CPU, a process; the same number gives the "
-        "same bits")
-    add("--out", metavar="DIR", help="for models, pictures, results.json (runs/<name>)")
-    add("--resume", action="store_true", help="go on with the unfinished run of these settings")
-    add("--overwrite", action="store_true", help="remove the run that lies in --out first")
-    return parser
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    given = vars(parser().parse_args(argv))
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
+    for name, (default, text) in OPTIONS.items():
+        options = {"choices": CHOICES.get(name), "type": type(default), "metavar": name[0].upper()}
+        if default is None:
+            options["type"] = str
+        elif default is False:
+            options = {"action": "store_true"}
+        elif isinstance(default, list):
+            kind = default[0] if default == [int] else type(default[0])
+            options |= {"type": kind, "nargs": None if name == "threads" else "+"}
+        shown = "" if default in (None, False, [int]) else f" (default {default})"
+        parser.add_argument(f"--{name.replace('_', '-')}", help=text + shown, **options)
+    given = vars(parser.parse_args(argv))
+    defaults = {name: None if default == [int] else default for name, (default, _) in OPTIONS.items()}
     published = {"rounds": 100, "alpha": 0.1} if given.get("authors") else {}
-    args = argparse.Namespace(**{**DEFAULTS, **published, **given})
-    adapting = args.adapt is not None
-    idle = set(given) - WITH_ADAPT if adapting else set(given) & {"images", "masks", "online"}
-    if args.list:
-        idle |= set(given) - READING - EVERYWHERE - {"list"}
-    if not adapting:
-        idle |= set(given) & (OF_FOLDERS if args.root is None else SIMULATED)
+    args = argparse.Namespace(**defaults | published | given)
+
+    mode = "--adapt" if "adapt" in given else "--list" if "list" in given else "training"
+    of_mode = {"--adapt": ADAPTING, "--list": READING}.get(mode, {*OPTIONS} - {"images", "masks", "online"})
+    idle = set(given) - of_mode
+    if mode != "--adapt":
+        idle |= set(given) & ({"task", "sites", "images_per_site"} if "root" in given
+                              else {"mask_values", "skip_empty"})
     if idle:
-        mode = "--adapt" if adapting else "--list" if args.list else "these options"
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(idle))
-        raise WrongUse(f"{names} would do nothing with {mode}; leave it out")
-    most = {"size": 4096, "width": 1024, "depth": 10, "lr": 1000, "threads": 1024, "alpha": 1,
-            "participation": 1}
-    for name in ("size", "sites", "rounds", "local_epochs", "batch_size", "lr", "width", "depth",
-                 "images_per_site", "threads", "alpha", "participation"):
-        value, least = getattr(args, name), {"images_per_site": 4, "alpha": -1e-9}.get(name, 1e-12)
-        if value is not None and not least <= value <= most.get(name, 10**9):
-            raise WrongUse(f"--{name.replace('_', '-')} {value}: it must lie in "
-                           f"{max(0, round(least))} … {most.get(name, 10**9)}")
-    if args.width * 2**args.depth > 2**13:
-        raise WrongUse(f"--width {args.width} --depth {args.depth}: more than {2**13} channels")
+        name = sorted(idle)[0].replace("_", "-")
+        raise WrongUse(f"--{name} would do nothing here ({mode}); leave it out")
+    for name, (least, most) in RANGES.items():
+        if getattr(args, name) is not None and not least <= getattr(args, name) <= most:
+            raise WrongUse(f"--{name.replace('_', '-')} {getattr(args, name)}: not in {least} … {most}")
     unknown = set(args.methods) - {"all", "ablations", *KNOWN}
-    if unknown:
-        raise WrongUse(f"--methods: {', '.join(sorted(unknown))} unknown; --help names them all")
-    if not 0 <= min(args.seeds) <= max(args.seeds) < 2**32 or len({*args.seeds}) < len(args.seeds):
-        raise WrongUse("--seeds must be different numbers from 0 to 2^32 - 1")
-    if args.mask_values and not 1 < len({*args.mask_values}) == len(args.mask_values) <= 256:
-        raise WrongUse("--mask-values must be 2 to 256 different numbers, one a class")
-    if adapting != (args.images is not None):
-        raise WrongUse("--adapt RUN and --images DIR go together")
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise WrongUse("--device cuda: torch finds no GPU; use --device cpu")
+    for wrong, message in (
+            (args.width * 2**args.depth > 2**13, f"--width, --depth: more than {2**13} channels"),
+            (unknown, f"--methods: {', '.join(sorted(unknown))} unknown; --help names them all"),
+            (not 0 <= min(args.seeds) <= max(args.seeds) < 2**32 or len({*args.seeds}) < len(args.seeds),
+             "--seeds must be different numbers from 0 to 2^32 - 1"),
+            (args.mask_values and not 1 < len({*args.mask_values}) == len(args.mask_values) <= 256,
+             "--mask-values must be 2 to 256 different numbers, one a class"),
+            ((args.adapt is None) != (args.images is None), "--adapt and --images go together"),
+            (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: there is no GPU"),
+            (args.out == "", "--out must not be empty")):
+        if wrong:
+            raise WrongUse(message)
     for name in ("root", "images", "masks", "adapt"):
         path = getattr(args, name)
         if path is not None and not (path and Path(path).is_dir()):
             raise WrongUse(f"--{name} {path}: no such folder")
-    if args.out == "":
-        raise WrongUse("--out must not be empty")
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
     return args
-
-
-def load_dataset(args, seed: int) -> data.DataSet:
-    if args.root:
-        return data.load_folder(args.root, args.size, args.mask_values, seed, args.skip_empty)
-    return data.simulate_sites(args.task, seed, args.size, args.images_per_site, args.sites)
-
-
-def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
-    """The hospitals to hold out in turn; None stands for a federation of all."""
-    if choice == "none":
-        return [None]
-    chosen = names if choice == "all" else [names[-1] if choice is None else choice]
-    if chosen[0] not in names:
-        raise WrongUse(f"--hold-out {choice}: there are {', '.join(names)}, or all, or none")
-    if len(names) < 2:
-        raise WrongUse(f"there is one site, {names[0]}, and none beside it; use --hold-out none")
-    return chosen
-
-
-def check_batches(args, sites: list[data.Site]) -> None:
-    """BatchNorm has nothing to measure where a batch holds one image and the lowest level a pixel."""
-    for site in sites:
-        count = len(site.train.images)
-        if args.size <= 2**args.depth and count // -(-count // args.batch_size) == 1:
-            raise WrongUse(f"site {site.name}: a batch of one image, of one pixel at the lowest level; "
-                           f"use a smaller --depth or another --batch-size")
 
 
 def join_processes(args) -> None:
@@ -1029,16 +986,15 @@ def join_processes(args) -> None:
         if beside > torch.cuda.device_count():
             raise WrongUse(f"{beside} processes, but this machine has {torch.cuda.device_count()} GPUs")
         torch.cuda.set_device(number)
-    # torchrun leaves each process one thread.
-    args.threads = args.threads or max(1, (os.cpu_count() or 1) // beside)
-    dist.init_process_group("gloo", timeout=timedelta(days=1))  # a process that dies is noticed at once
+    args.threads = args.threads or max(1, (os.cpu_count() or 1) // beside)  # torchrun leaves one
+    dist.init_process_group("gloo", timeout=timedelta(days=1))  # one that dies is noticed at once
     if dist.get_rank():
         warnings.simplefilter("ignore")  # the first process reports
 
 
 def keep_memory() -> None:
-    """glibc returns large blocks to the system, and each page of the next one is a fault: keeping them
-    saves a tenth of training and a third of adapting to large images."""
+    """glibc returns large blocks to the system, and each page of the next one is a fault: keeping
+    them saves a tenth of training and a third of adapting to large images."""
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):  # another system
@@ -1059,26 +1015,20 @@ def peak_memory() -> int | None:
 
 def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: complain(str(message))
-    if sys.stdout:
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         join_processes(args)
         keep_memory()
-        if args.threads:
-            torch.set_num_threads(args.threads)
+        torch.set_num_threads(args.threads or torch.get_num_threads())
+        torch.backends.cudnn.deterministic = True
         args.threads = torch.get_num_threads()
         name = "adapted" if args.adapt else Path(args.root).resolve().name if args.root else args.task
         out = Path(args.out or f"runs/{name}").resolve()
-        if args.adapt:
-            file = next((p for p in (Path(args.adapt) / "adapted.json", Path(args.adapt) / "config.json",
-                                     Path(args.adapt).resolve().parent / "config.json") if p.is_file()), None)
-            args.precision = read_json(file).get("precision", "fp32") if file else "fp32"
-        torch.backends.cudnn.deterministic = True
+        args.precision = precision_of(Path(args.adapt)) if args.adapt else args.precision
         # Without autocast's cache, which would hold on to the weights of the first step.
         with torch.autocast(args.device, torch.bfloat16, args.precision == "bf16", cache_enabled=False):
-            run = adapt_to_folder if args.adapt else show if args.list else train
-            return run(args, out)
+            return (adapt_to_folder if args.adapt else show if args.list else train)(args, out)
     except KeyboardInterrupt:
         complain("interrupted; a training goes on when the same command is given with --resume")
         return 130
@@ -1094,7 +1044,7 @@ def main(argv: list[str] | None = None) -> int:
 
 if __name__ == "__main__":
     status = main()
+    sys.stdout.flush()
     if dist.is_available() and dist.is_initialized():  # threads of gloo may crash in an orderly end
-        sys.stdout.flush()
         os._exit(status)
     sys.exit(status)
