@@ -172,7 +172,7 @@ def federate(model: nn.Module, clients: dict, rounds: int, method: Method = METH
              seed: int = 0, epochs: int = 1, batch_size: int = 5, lr: float = 1e-3,
              participation: float = 1.0, after: Round | None = None) -> Iterator[Round]:
     """Federated averaging (M1) with an own model for each client (M2); yields each `Round`.
-    model: its weights are the start g^0; afterwards it holds some client's weights.
+    model: its weights are the start g^0, also when going on; afterwards they are some client's.
     clients: name → object with `images` (N, C, H, W) and `masks` (N, H, W) on the model's device.
     participation: share of the clients, drawn for each round; who is absent keeps its own model.
     after: an earlier round to go on from, to the same bits: what is drawn comes from (seed, round,

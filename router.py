@@ -213,7 +213,7 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
     pass can show is refused by `fit_to_site`."""
     models = [getattr(model, "_orig_mod", model) for model in models]  # of torch.compile
     modules = [dict(model.named_modules()) for model in models]
-    example, routing, made = next(models[-1].parameters()), [], {}
+    example, routing, made = next(models[-1].parameters(), torch.empty(0)), [], {}
     for name in dict.fromkeys(name for own in modules for name in own):
         experts = [own.get(name) for own in modules]
         kinds = {f"{type(e).__name__}({e.extra_repr() if e is not None else ''})" for e in experts}

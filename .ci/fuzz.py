@@ -1,12 +1,11 @@
 """Damages what train.py reads, at random but seeded: python .ci/fuzz.py [COUNT] [--seed S].
 
-Each case must end within a minute with exit status 0, 1 or 2, without a traceback, with one line
-for an error, nothing half-written, no input changed. What was written is read back and computed
-again (`check_…`). Exit status 1 where a case fails; --only N repeats one and keeps its files.
+Each case must end within a minute with exit status 0, 1 or 2, one line for an error, nothing
+half-written, no input changed. What was written is read back and computed again (`check_…`).
+Case N is the first one of seed N; where one fails, the exit status is 1.
 """
 
 import argparse
-import contextlib
 import csv
 import io
 import json
@@ -17,11 +16,12 @@ import signal
 import sys
 import tempfile
 import warnings
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data  # noqa: E402
@@ -29,92 +29,89 @@ import iopfl  # noqa: E402
 import train  # noqa: E402
 from models import UNet  # noqa: E402
 
-KINDS = {"plain": [], "greys": ["--mask-values", "0", "255"], "fundus": []}
-with contextlib.suppress(ImportError):
+# Of each kind: folder of a site's images, that of its masks, their names; options of a training.
+KINDS = {"plain": ("images", "masks", ".png", ".png", []),
+         "greys": ("Images", "Masks", ".bmp", ".gif", ["--mask-values", "0", "255"]),
+         "fundus": ("train/ROIs/image", "train/ROIs/mask", ".png", ".png", [])}
+with suppress(ImportError):
     import nibabel
-    KINDS["volumes"] = []
+    KINDS["volumes"] = ("", "", ".nii", "_segmentation.nii", [])
 ONE = ["--threads", "1", "--device", "cpu"]
 TOY = [*ONE, *"--size 16 --width 2 --depth 1 --rounds 1 --lr 0.01 --methods iopfl routing".split()]
 TWO = [*TOY, "--rounds", "2", "--seeds", "0", "1"]
+# What takes the place of a file; names, pixels, modes, endings; options and their values.
+INSTEAD = [Path.mkdir, lambda file: file.symlink_to(file.name), lambda file: file.symlink_to("/no"),
+           getattr(os, "mkfifo", Path.mkdir), lambda file: None]
+NAMES = ["a b", "new\nline", "-x", "x_segmentation", ".z", "x" * 200, "\udcff", "%s", "A", "07"]
+CORNERS = {"I;16": [300, 65535], "I": [70000, -3], "F": [np.nan, np.inf, 1e38, 0.5]}
+MODES = ["1", "L", "L", "P", "RGB", "RGBA", "LA", "CMYK", *CORNERS]
+ENDINGS = [".png", ".PNG", ".bmp", ".gif", ".tif", ".TIFF", ".jpg"]
+OPTIONS = ["size", "depth", "lr", "alpha", "seeds", "participation", "batch-size", "methods", "no",
+           "mask-values", "hold-out", "precision", "adapt", "masks", "online", "resume", "list"]
+WORDS = ["0", "1", "2", "-1", "0.5", "nan", "inf", "x", "all", "none", "a", "\n", "fundus"]
+MORE = [[], ["--hold-out", "none"], ["--hold-out", "all"], ["--precision", "bf16"],
+        ["--mask-values", "0", "1"], ["--skip-empty"], ["--participation", "0.5"]]
 
 
-# ---------------------------------------------------------------- sound material
 def paint(files: list[Path], kind: str, rng: np.random.Generator) -> None:
     """An image, a disc on noise, for fundus with a cup, 16 to 24 pixels; and its mask."""
     y, x = np.mgrid[:rng.integers(16, 25), :rng.integers(16, 25)]
     distance = np.hypot(y - rng.uniform(6, 10), x - rng.uniform(6, 10))
-    mask = (distance < 6).astype(np.uint8) + (distance < 3) * np.uint8(kind == "fundus")
+    mask = (distance < 6).astype(int) + (distance < 3) * (kind == "fundus")
     image = rng.normal(80, 15, (*mask.shape, 3)) + 50 * mask[..., None] * (1, 0.8, 0.5)
-    image = (image if kind == "fundus" else image[..., 0]).clip(0, 255).astype(np.uint8)
-    values = {"greys": [0, 255], "fundus": [255, 128, 0]}.get(kind, [0, 1])
-    for file, pixels in zip(files, (image, np.array(values, np.uint8)[mask])):
+    mask = np.array({"greys": [0, 255], "fundus": [255, 128, 0]}.get(kind, [0, 1]))[mask]
+    for file, pixels in zip(files, (image if kind == "fundus" else image[..., 0], mask)):
         file.parent.mkdir(parents=True, exist_ok=True)
+        pixels = pixels.clip(0, 255).astype(np.uint8)
         if kind == "volumes":
             nibabel.save(nibabel.Nifti1Image(np.stack([pixels] * 2, axis=2), np.eye(4)), file)
         else:
             Image.fromarray(pixels).save(file)
 
 
-def make_sound(sound: Path, seed: int) -> None:
-    """Of each kind a folder, new images, a run and an adapted one; a whole run and half of it."""
-    rng = np.random.default_rng(seed)
-    places = {"fundus": "{site}/{part}/ROIs/{what}/{n}.png", "volumes": "{site}/{n}{ending}.nii"}
-    for kind, more in KINDS.items():
-        run, new = sound / f"{kind}-run", sound / f"{kind}-new"
-        for site, n in ((site, n) for site in [*"abc", None] for n in range(5)):
-            part, files = "train" if n < 4 else "test", []
-            for what, ending in (("image", ""), ("mask", "_segmentation")):
-                place = places.get(kind, "{site}/{what}s/{n}.png")
-                name = place.format(site=site, part=part, what=what, n=n, ending=ending)
-                files.append(sound / kind / name if site else new / f"{what}s" / Path(name).name)
+def make_sound(sound: Path) -> None:
+    """Of each kind a folder, a run and an adapted one; half a run."""
+    rng = np.random.default_rng(0)
+    for kind, (images, masks, ending, mask_ending, more) in KINDS.items():
+        for site, n in ((sound / kind / site, n) for site in "abc" for n in range(5)):
+            files = site / images / f"{n}{ending}", site / masks / f"{n}{mask_ending}"
+            if n > 3:
+                files = [Path(str(file).replace("/train/", "/test/")) for file in files]
             paint(files, kind, rng)
-        must([*TOY, "--root", sound / kind, *more, "--out", run])
-        must(["--adapt", run, "--images", new / "images", *ONE, "--out", sound / f"{kind}-adapted"])
-    must([*TWO, "--root", sound / "plain", "--out", sound / "whole"])
-    half = shutil.copytree(sound / "whole", sound / "half")  # as if killed after a round
-    shutil.copy(sound / "plain-run/seed0-c-iopfl/last.pt", half / "seed0-c-iopfl/last.pt")
-    (half / "results.json").unlink()
-    (half / "seed0-c-iopfl/rows.json").unlink()
+        run, site = sound / f"{kind}-run", sound / kind / "c"
+        run_train([*TOY, "--root", sound / kind, *more, "--out", run])
+        run_train([*ONE, "--adapt", run, "--images", site / images, "--out", f"{run}-adapted"])
+    run_train([*TWO, "--root", sound / "plain", "--out", sound / "half"])
+    (sound / "half/results.json").unlink()  # as if killed after the first round
+    (sound / "half/seed0-c-iopfl/rows.json").unlink()
+    shutil.copy(sound / "plain-run/seed0-c-iopfl/last.pt", sound / "half/seed0-c-iopfl/last.pt")
 
 
-# ---------------------------------------------------------------- damage
-BYTES = [lambda old, rng: old[:rng.randrange(len(old) + 1)], lambda old, rng: b"",
-         lambda old, rng: rng.randbytes(99), lambda old, rng: flipped(old, rng, 64),
-         lambda old, rng: flipped(old, rng, len(old))]
-INSTEAD = [Path.mkdir, lambda file: file.symlink_to(file.name), lambda file: file.symlink_to("/no"),
-           getattr(os, "mkfifo", Path.mkdir), lambda file: None]  # of a file
-NAMES = ["a b", "new\nline", "-x", "x_segmentation", ".z", "x" * 200, "\udcff", "%s", "A", "07"]
-CORNERS = {"I;16": [300, 65535], "I": [70000, -3], "F": [np.nan, np.inf, 1e38, 0.5]}  # pixels
-MODES = ["1", "L", "L", "P", "RGB", "RGBA", "LA", "CMYK", *CORNERS]
-ENDINGS = [".png", ".PNG", ".bmp", ".gif", ".tif", ".TIFF", ".jpg"]
-
-
-def flipped(old: bytes, rng: random.Random, most: int) -> bytes:
-    content = bytearray(old or b"x")
-    for _ in range(rng.choice([1, 3, 30])):
-        content[rng.randrange(max(1, min(most, len(old))))] = rng.choice([0, 255, rng.randrange(256)])
-    return bytes(content)
-
-
-def any_file(folder: Path, rng: random.Random, ending: str = "") -> Path:
-    return rng.choice(sorted(f for f in folder.rglob(f"*{ending}") if f.is_file()))
+def other_bytes(old: bytes, rng: random.Random) -> bytes:
+    """Some, often of the header, are others; or cut, empty, noise."""
+    content, most = bytearray(old), min(len(old), rng.choice([64, len(old)]))
+    for _ in range(rng.choice([1, 3, 30]) if old else 0):
+        content[rng.randrange(most)] = rng.choice([0, 255, rng.randrange(256)])
+    cut = old[:rng.randrange(len(old) + 1)]
+    return rng.choice([bytes(content), bytes(content), cut, b"", rng.randbytes(99)])
 
 
 def damage(folder: Path, rng: random.Random) -> None:
-    """A file: other bytes, name, header, mode, size, ending, or something else in its place."""
-    file, way = any_file(folder, rng), rng.randrange(8)
+    """A file, of a run a model or report: cut, flipped, another's, renamed, repainted."""
+    files = sorted(f for f in folder.rglob("*") if f.is_file())
+    files = [f for f in files if f.suffix in (".pt", ".json")] or files
+    file, other = rng.choice(files), rng.choice(files)
+    way, content = rng.randrange(7 if file.suffix in ENDINGS else 4), file.read_bytes()
     if way < 2:
-        file.write_bytes(rng.choice(BYTES)(file.read_bytes(), rng))
+        file.write_bytes(rng.choice([other.read_bytes(), *[other_bytes(content, rng)] * 3]))
     elif way == 2:
         file.unlink()
         rng.choice(INSTEAD)(file)
     elif way == 3:
-        file.rename(file.with_name(rng.choice(NAMES) + "".join(file.suffixes).upper()))
-    elif data.is_volume(file):
-        file.write_bytes(flipped(file.read_bytes(), rng, 348))
+        file.rename(file.with_name(rng.choice(NAMES) + file.suffix.upper()))
     else:
-        mode, exif = rng.choice(MODES), Image.Exif()
-        image = Image.open(file).convert("L" if mode in CORNERS else mode).convert(mode)
+        mode, exif, image = rng.choice(MODES), Image.Exif(), Image.open(io.BytesIO(content))
+        image = image.convert("L" if mode in CORNERS else mode).convert(mode)
         image = image.resize(rng.choice([image.size, image.size, (1, 1), (40, 17)]))
         image.putpixel((0, 0), rng.choice(CORNERS.get(mode, [image.getpixel((0, 0))])))
         exif[274] = rng.choice([1, 1, 3, 6, 9])  # turned
@@ -122,19 +119,12 @@ def damage(folder: Path, rng: random.Random) -> None:
         image.save(file.with_suffix(rng.choice([file.suffix, *ENDINGS])), exif=exif)
 
 
-def damage_run(run: Path, rng: random.Random) -> str:
-    """A model or report of a run: cut, flipped or another's; its name."""
-    file, other = any_file(run, rng, rng.choice([".pt", ".json"])), any_file(run, rng)
-    file.write_bytes(rng.choice([*BYTES, lambda old, rng: other.read_bytes()])(file.read_bytes(), rng))
-    return str(file.relative_to(run))
-
-
 def lay_out(site: Path, rng: random.Random) -> None:
     """Parts, lists of cases, other names, something more or less."""
     way, folder = rng.randrange(5), rng.choice([site, *sorted(site.rglob("*[a-zI]"))])
     for n, part in enumerate(["train", "train", "Valid", "Valid", "TEST"]):
         if way == 0:
-            with open(site / f"{part.lower()[:5]}.txt", "a") as file:
+            with open(site / f"{part.lower()}.txt", "a") as file:
                 file.write(rng.choice([f"{n}\n"] * 9 + [f"{n}.png\n", "", "zz"]))
         for name in ("images", "masks") if way == 1 else ():
             (site / part / name).mkdir(parents=True, exist_ok=True)
@@ -142,209 +132,154 @@ def lay_out(site: Path, rng: random.Random) -> None:
     if way == 2:
         names = ["All", "ISBI", "x\ny", ".z", "\udcff", *[folder.name.upper()] * 5]
         folder.rename(folder.with_name(rng.choice(names)))
-    if way == 3:
-        makers = [Path.mkdir, Path.touch, lambda path: path.symlink_to("..")]
-        rng.choice(makers)(folder / rng.choice(["notes.txt", "z.png", "1.bmp", "val", "masks"]))
-    if way == 4:
+    elif way == 3:
+        more = folder / rng.choice(["notes.txt", "z.png", "1.bmp", "val", "masks"])
+        rng.choice([Path.mkdir, Path.touch, lambda path: path.symlink_to("..")])(more)
+    elif way == 4:
         shutil.rmtree(folder)
 
 
-# ---------------------------------------------------------------- cases: command lines
-def training(rng: random.Random, sound: Path, place: Path) -> list:
-    kind = rng.choice([*KINDS])
+def command(rng: random.Random, sound: Path, place: Path) -> list[str]:
+    """The command line of a case, whose material lies in `place`."""
+    kind, what = rng.choice([*KINDS]), rng.randrange(8)
+    images, masks, *_, options = KINDS[kind]
     root = shutil.copytree(sound / kind, place / "root")
-    for harm, sites in ([lay_out, rng.choice(["", "a", "abc"])], [damage, rng.choice(["", "a", "bb"])]):
-        for site in sites:
-            with contextlib.suppress(Exception):  # damaged so that no more is possible
-                harm(root / site, rng)
-    more = [[], ["--hold-out", "none"], ["--hold-out", "all"], ["--precision", "bf16"],
-            ["--mask-values", "0", "1"], ["--skip-empty"], ["--participation", "0.5"]]
-    return ["--root", root, *TOY, *KINDS[kind], *rng.choice(more)]
+    argv = ["--root", root, *TOY, *options, *rng.choice(MORE)]
+    if what in (3, 4, 5):
+        run = f"{rng.choice([kind, *KINDS])}-run{rng.choice(['', '-adapted'])}"
+        shutil.copytree(sound / run, place / "run")
+        argv = [*ONE, "--adapt", place / "run", "--images", root / "c" / images]
+        argv += rng.choice([[], ["--online"], ["--masks", root / "c" / masks]])
+    if what == 6:
+        shutil.copytree(sound / "half", place / "work/out")
+        argv = [*TWO, "--root", sound / "plain", rng.choice(["--resume"] * 3 + ["--overwrite"])]
+    if what == 7:
+        argv = [*TOY, "--root", root] if rng.random() < 0.5 else [*TOY, "--sites", "2"]
+        argv += [f"--{rng.choice(OPTIONS)}", *rng.choice([[], [rng.choice(WORDS)]])]
+    with suppress(OSError, ValueError, LookupError):  # no more damage is possible
+        for site in rng.choice(["", "", "a", "abc"]) if what < 3 else "":
+            lay_out(root / site, rng)
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            damage({3: place / "run", 6: place / "work/out"}.get(what, root / "c"), rng)
+            (place / "spoiled").touch()
+    return [*map(str, argv), "--out", str(place / "work/out")]
 
 
-def adapting(rng: random.Random, sound: Path, place: Path) -> list:
-    kind, run = rng.choice([*KINDS]), place / "run"
-    shutil.copytree(sound / f"{rng.choice([kind, *KINDS])}-{rng.choice(['run', 'adapted'])}", run)
-    new = shutil.copytree(sound / f"{kind}-new", place / "new")
-    for harm in rng.choice([[], [damage], [damage], [damage] * 3, [damage_run]]):
-        with contextlib.suppress(Exception):
-            harm(run if harm is damage_run else new, rng)
-    more = [[], ["--online"], ["--masks", new / "masks"], ["--masks", new / "masks"]]
-    return [*ONE, "--adapt", run, "--images", new / "images", *rng.choice(more)]
-
-
-def resuming(rng: random.Random, sound: Path, place: Path) -> list:
-    out = shutil.copytree(sound / rng.choice(["half", "half", "whole"]), place / "work/out")
-    (place / "spoiled").write_text(damage_run(out, rng) if rng.random() < 0.8 else "")
-    return [*TWO, "--root", sound / "plain", rng.choice(["--resume"] * 3 + ["--overwrite"])]
-
-
-def options(rng: random.Random, sound: Path, place: Path) -> list:
-    names = [n.replace("_", "-") for n in train.DEFAULTS if n not in ("out", "images_per_site")]
-    values = ["0", "1", "2", "-1", "0.5", "nan", "inf", "x", "all", "none", "a", "\n", "fundus"]
-    simulated = ["--images-per-site", "4", "--sites", "2"]
-    words = [*TOY, *rng.choice([["--root", sound / "plain"], simulated])]
-    for _ in range(rng.choice([1, 2])):
-        words += [f"--{rng.choice([*names, 'no'])}", *rng.choice([[], [rng.choice(values)]])]
-    return words + ["--rounds", "1"] * ("--authors" in words)
-
-
-# ---------------------------------------------------------------- what was written, read back
-def dice(one: np.ndarray, two: np.ndarray, classes: list) -> float:
-    a, b = np.isin(one, classes), np.isin(two, classes)
-    return 2 * (a & b).sum() / (a.sum() + b.sum()) if a.any() or b.any() else 1.0
-
-
-def pixels_of(file: Path) -> np.ndarray:
-    """As stored, but upright; of colours the first channel."""
-    if data.is_volume(file):
-        return nibabel.as_closest_canonical(nibabel.load(file)).get_fdata()
-    image = ImageOps.exif_transpose(Image.open(file))
-    pixels = np.asarray(image.convert("L") if file.suffix.lower() == ".gif" else image)
-    return pixels if pixels.ndim == 2 else pixels[:, :, 0]
-
-
-def check_training(args: argparse.Namespace, out: Path, errors: str, spoiled: str) -> None:
-    """All files are used or named; each hospital has a model, which gives the Dice reported."""
+def check_training(args: argparse.Namespace, out: Path, errors: str) -> None:
+    """Files are used or named; each hospital inside has a model, which gives the Dice reported."""
     rows = json.loads((out / "results.json").read_text())["rows"]
-    for row in rows if not spoiled else []:
-        assert np.isfinite([v for v in row.values() if isinstance(v, float)]).all(), row
-        assert 0 <= row["dice"] <= 1, row
-    folders = [f for f in out.glob("seed*-iopfl") if f.name != spoiled.split("/")[0]]
-    for folder in folders:
-        row = json.loads((folder / "rows.json").read_text())["rows"][0]
-        dataset, models = train.load_dataset(args, row["seed"]), train.load(folder / "last.pt")["own"]
-        files = [f for f in Path(args.root or folder).rglob("*.*") if f.suffix != ".txt" and f.is_file()]
+    numbers = [v for row in rows for v in row.values() if isinstance(v, float)]
+    assert np.isfinite(numbers).all() and all(0 <= row["dice"] <= 1 for row in rows), "rows"
+    for folder in out.glob("seed*-iopfl"):
+        own = json.loads((folder / "rows.json").read_text())["rows"]
+        dataset = train.load_dataset(args, own[0]["seed"])
+        files = [str(f) for f in Path(args.root or out / "-").rglob("*.*") if f.is_file()]
+        files = [file for file in files if not file.endswith(".txt") and "/." not in file]
         count = 2 * sum(len({*site.everything.cases}) for site in dataset.sites)
-        assert errors or not args.root or len([f for f in files if "/." not in str(f)]) == count, files
-        inside = {site.name: site for site in dataset.sites if site.name != row["hold_out"]}
-        assert models.keys() == inside.keys() or args.participation < 1, [*models]
+        assert errors or not args.root or len(files) == count, f"{len(files)} files, {count} used"
+        models = torch.load(folder / "last.pt", weights_only=True)["own"]
+        inside = {site.name: site for site in dataset.sites if site.name != own[0]["hold_out"]}
+        assert {*models} == {*inside} or args.participation < 1, [*models]
         for name, state in models.items():
-            model = UNet(dataset.channels, dataset.classes, args.width, args.depth)
+            site, model = inside[name], UNet(dataset.channels, dataset.classes, 2, args.depth)
             model.to(memory_format=torch.channels_last).load_state_dict(state)
-            test = inside[name].test.to("cpu")
             with torch.autocast("cpu", torch.bfloat16, args.precision == "bf16"):
-                found, cases = iopfl.predict(model, test.images).numpy(), np.array(test.cases)
-            for structure, classes in dataset.structures.items():
-                score = np.mean([dice(found[cases == case], test.masks[cases == case].numpy(), classes)
-                                 for case in {*test.cases}])
-                own = {"phase": "inside", "method": "iopfl", "site": name, "structure": structure}
-                own |= {"seed": row["seed"], "hold_out": row["hold_out"]}
-                told = [row["dice"] for row in rows if own.items() <= row.items()]
-                assert len(told) == 1 and abs(told[0] - score) < 1e-9, (own, told, score)
+                found = iopfl.predict(model, site.test.to("cpu").images)
+            scores = iopfl.evaluate(found, site.test.masks, site.test.cases, dataset.structures,
+                                    site.spacing, distances=False)
+            same = {"phase": "inside", "method": "iopfl", "site": name}
+            told = [r["dice"] for r in own if same.items() <= r.items() and r in rows]
+            assert told == [row["dice"] for row in scores], (same, told, scores)
 
 
-def check_adapting(args: argparse.Namespace, out: Path, errors: str, spoiled: str) -> None:
-    """Masks have the sizes of their images, known classes, the Dice reported, and come again."""
-    known, structures = json.loads((out / "adapted.json").read_text()), {}
+def check_adapting(args: argparse.Namespace, out: Path, errors: str) -> None:
+    """Masks have their images' sizes, known classes, the Dice reported, and come again."""
+    known, again = json.loads((out / "adapted.json").read_text()), out.with_name("again")
     with open(out / "images.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    again = ["--adapt", out, "--images", args.images, *ONE, "--out", out.with_name("again")]
-    assert args.online or run_train(again)[0] in (0, 1)
-    for last in [*Path(args.adapt).glob("seed*-iopfl/last.pt")]:
-        assert len(known["experts"]) == len(known["chosen"]) == len(train.load(last)["own"]) + 1
-    assert len(rows) == len([*(out / "masks").iterdir()]) and (errors or len(rows) == 5), rows
-    sources = {os.fsencode(f.name).decode(errors="backslashreplace"): f for f in Path(args.images).iterdir()}
-    for row in rows:
-        source = next(f for name, f in sources.items() if name in (row["file"]))
-        name = train.mask_name(source)
-        mask, stem = pixels_of(out / "masks" / name), data.stem(source)
-        assert mask.shape == pixels_of(source).shape and mask.max() < known["classes"], name
+        rows = {row["file"]: row for row in csv.DictReader(file)}
+    for last in Path(args.adapt).glob("seed*-iopfl/last.pt"):
+        count = len(torch.load(last, weights_only=True)["own"]) + 1
+        assert count == len(known["experts"]) == len(known["chosen"]), known["experts"]
+    sources = [f for f in Path(args.images).iterdir() if "_segmentation" not in f.name.lower()]
+    assert len(rows) == len([*(out / "masks").iterdir()]), [*rows]
+    assert errors or len(rows) == len([f for f in sources if f.name[0] != "."]), [*rows]
+    run_train([*ONE, "--adapt", out, "--images", args.images, "--out", again])
+    drawn = [f for f in Path(args.masks or out).iterdir() if f not in sources]
+    drawn = {data.stem(f).replace("_segmentation", ""): f for f in drawn}
+    for source in (f for f in sources if f.name in rows):
+        row, name = rows[source.name], data.stem(source)
+        file = f"masks/{name}" + (".nii.gz" if data.is_volume(source) else ".png")
+        shape, most = data.read_pixels(source).shape[:3], known["classes"]
+        mask = data.read_truth(out / file, None, "images", shape, most)  # refuses another shape
         assert abs((mask > 0).mean() - float(row["foreground"])) < 1e-9, row
-        second = out.with_name("again") / "masks" / name
-        assert args.online or second.read_bytes() == (out / "masks" / name).read_bytes(), name
+        assert args.online or (again / file).read_bytes() == (out / file).read_bytes(), row
         for structure, classes in known["structures"].items():
-            if row.get(f"Dice {structure} after"):
-                drawn = [f for f in Path(args.masks).iterdir() if data.stem(f) in (stem, f"{stem}_segmentation")]
-                truth, values = pixels_of(drawn[-1]), known["mask_values"]
-                if data.is_volume(source):
-                    truth = truth > 0
-                elif values:
-                    truth = np.abs(truth[..., None].astype(int) - values).argmin(axis=-1)
-                score = dice(mask, truth, classes)
-                assert abs(score - float(row[f"Dice {structure} after"])) < 1e-9, (row, score)
-
-
-# ---------------------------------------------------------------- running
-class Hang(BaseException):
-    """No `except Exception` holds it up."""
-
-
-def ring(*_) -> None:
-    raise Hang("more than a minute")
+            told = row.get(f"Dice {structure} after")
+            if told:
+                truth = data.read_truth(drawn[name], known["mask_values"], known["kind"], shape, most)
+                score = iopfl.dice(np.isin(mask, classes), np.isin(truth, classes))
+                assert abs(score - float(told)) < 1e-9, (row, score)
 
 
 def run_train(argv: list) -> tuple[int, str]:
-    """Exit status and stderr of `train.main`."""
+    """Exit status and stderr of `train.main`; 130 after a minute."""
     errors, alarm = io.StringIO(), getattr(signal, "alarm", lambda seconds: None)
     alarm(60)
-    with contextlib.redirect_stdout(io.TextIOWrapper(io.BytesIO())), contextlib.redirect_stderr(errors):
+    with redirect_stdout(io.TextIOWrapper(io.BytesIO())), redirect_stderr(errors):
         status = train.main([str(word) for word in argv])
     alarm(0)
     return status, errors.getvalue()
 
 
-def must(argv: list) -> None:
-    assert run_train(argv) == (0, ""), argv
+def case(rng: random.Random, sound: Path, place: Path) -> int:
+    """The exit status of a case; raises AssertionError where it does not end as it should."""
+    def contents() -> dict:
+        found = [*sound.rglob("*"), *place.rglob("*")]
+        return {file: file.read_bytes() if file.is_file() else None for file in found}
 
-
-def contents(*folders: Path) -> dict:
-    """Everything in some folders."""
-    found = {file: file.is_file() for folder in folders for file in folder.rglob("*")}
-    return {file: file.read_bytes() if whole else None for file, whole in found.items()}
-
-
-def case(rng: random.Random, sound: Path, place: Path) -> tuple[str, int]:
-    """Kind and exit status of a case; raises where it does not end as it should."""
-    make, out = rng.choice([training] * 3 + [adapting] * 3 + [resuming, options]), place / "work/out"
     shutil.rmtree(place, ignore_errors=True)
     (place / "work").mkdir(parents=True)
-    argv = [*map(str, make(rng, sound, place)), "--out", str(out)]
-    before = contents(place, sound)
-    status, errors = run_train(argv)
-    after, lines = contents(place, sound), errors.splitlines()
-    check = check_adapting if "--adapt" in argv else check_training
-    proof = out / ("adapted.json" if check is check_adapting else "results.json")
-    new = after.get(proof, b"") != before.get(proof, b"") and proof.exists()
-    notes = [line for line in lines if line.startswith(("train.py: left out", "train.py: not scored"))]
-    inputs = {f: content for f, content in before.items() if place / "work" not in f.parents}
+    argv, out = command(rng, sound, place), place / "work/out"
+    before, (status, errors), after = contents(), run_train(argv), contents()
+    check, proof = check_training, out / "results.json"
+    if "--adapt" in argv:
+        check, proof = check_adapting, out / "adapted.json"
+    new = proof in after and after[proof] != before.get(proof)
+    lines = [e for e in errors.splitlines() if "left out: " not in e and "not scored: " not in e]
     try:
         assert status in (0, 1, 2) and "Traceback" not in errors and "IOPFL_TRACEBACK" not in errors
-        assert status == 0 or len(lines) - len(notes) == (not new), "lines on stderr"
-        assert all(after.get(f, 0) == content for f, content in inputs.items()), "an input changed"
-        assert status != 2 or after == before, "written in spite of wrong use"
-        assert not [f for f in after if f.name.endswith(".partial")], "half-written"
-        spoiled = place / "spoiled"
-        spoiled = spoiled.read_text() if spoiled.exists() and "--resume" in argv else ""
-        with contextlib.redirect_stderr(io.StringIO()):
-            new and check(train.parse_arguments(argv), out, errors, spoiled)
+        assert status == 0 or len(lines) == (not new), "lines on stderr"
+        for file in (f for f in before if place / "work" not in f.parents or status == 2):
+            assert after.get(file, 0) == before[file], f"changed: {file}"
+        assert status != 2 or len(after) == len(before), "written in spite of wrong use"
+        assert not [file for file in after if file.suffix == ".partial"], "half-written"
+        if new and not ("--resume" in argv and (place / "spoiled").exists()):
+            with redirect_stderr(io.StringIO()):
+                check(train.parse_arguments(argv), out, errors)
     except Exception as error:
-        raise AssertionError(f"{error!r} {argv}: {status}, {errors!r}") from error
-    return make.__name__, status
+        raise AssertionError(f"{error!r}\n  {argv}: {status}, {errors!r}") from error
+    return status
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("count", nargs="?", type=int, default=200)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--only", type=int, metavar="N")
     args = parser.parse_args()
     warnings.simplefilter("always")
-    if hasattr(signal, "SIGALRM"):
-        signal.signal(signal.SIGALRM, ring)
-    folder, found, faults = Path(tempfile.mkdtemp()), {}, 0
-    make_sound(folder / "sound", args.seed)
-    for number in range(args.count) if args.only is None else [args.only]:
-        try:
-            kind = case(random.Random(f"{args.seed} {number}"), folder / "sound", folder / "case")
-            found[kind] = found.get(kind, 0) + 1
-        except (Exception, Hang) as error:
-            faults += 1
-            print(f"--seed {args.seed} --only {number}: {error}", flush=True)
-    print(f"{faults} faults; cases by exit status: {found}")
-    if args.only is None:
-        shutil.rmtree(folder)
-    return int(faults > 0)
+    signal.signal(getattr(signal, "SIGALRM", signal.SIGINT), signal.default_int_handler)
+    with tempfile.TemporaryDirectory() as folder:
+        sound, ends = Path(folder) / "sound", []
+        make_sound(sound)
+        for seed in range(args.seed, args.seed + args.count):
+            try:
+                ends.append(case(random.Random(seed), sound, Path(folder) / "case"))
+            except AssertionError as error:
+                ends.append(-1)
+                print(f"fuzz.py 1 --seed {seed}: {error}", flush=True)
+    print(f"{len(ends)} cases, {ends.count(-1)} faults; exit status 0, 1, 2: "
+          f"{ends.count(0)}, {ends.count(1)}, {ends.count(2)}")
+    return int(-1 in ends)
 
 
 if __name__ == "__main__":
