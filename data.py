@@ -37,7 +37,8 @@ class Split:
 
 def joined(splits: list[Split]) -> Split:
     """All their images, one split after the other."""
-    images = torch.cat([split.images for split in splits])
+    with torch.autocast("cpu", enabled=False):  # which knows no float16
+        images = torch.cat([split.images for split in splits])
     masks = torch.cat([split.masks for split in splits])
     return Split(images, masks, sum([split.cases for split in splits], []))
 
@@ -320,6 +321,7 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     is split by a shuffle of (seed, site). Errors name a file and a way out, warnings what is left
     out."""
     root, found = Path(root), {}
+    _left_out([f for f in sorted(root.iterdir()) if f.suffix.lower() in IMAGE_TYPES], "beside the sites")
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name[0] == ".":
             continue
@@ -421,7 +423,8 @@ def _places(site: Path) -> dict[str, tuple[Path, Path]]:
     if any(map(is_volume, entries)):
         return {"all": (site, site)}
     found, used = {}, []
-    for folder in [*entries, *sorted(site.glob("*/*")), *sorted(site.glob("*/*/*"))]:
+    below = [*entries, *sorted(site.glob("*/*")), *sorted(site.glob("*/*/*"))]
+    for folder in below:
         place = PLACE.fullmatch(folder.relative_to(site).as_posix())
         if place and folder.is_dir():
             masks = [f for f in folder.parent.iterdir() if f.name.lower() in ("mask", "masks")]
@@ -430,8 +433,10 @@ def _places(site: Path) -> dict[str, tuple[Path, Path]]:
                 raise ValueError(f"{folder.parent}: images or masks of {part} lie twice; keep one")
             found[part] = folder, *(masks or [folder.with_name("masks")])
             used += [*found[part], *folder.parents]
-    _left_out([entry for entry in entries if found and entry not in used and (
-        entry.is_dir() or entry.suffix.lower() in IMAGE_TYPES)], "beside images and masks")
+    read = [folder for folders in found.values() for folder in folders]
+    _left_out([entry for entry in below if found and entry not in used and entry.parent not in read
+               and (entry in entries and entry.is_dir() or entry.suffix.lower() in IMAGE_TYPES)],
+              "beside images and masks")
     return found
 
 

@@ -455,7 +455,7 @@ def report(args, out: Path, unit: str, results: list[dict], seconds: float) -> N
 
 def tables(rows: list[dict], unit: str) -> str:
     """The whole report as text."""
-    parts = [""]
+    parts = []
     for phase, title, reference in (("inside", "test images", "iopfl"),
                                     ("outside", "all images of the hospital held out", "routing")):
         chosen = [row for row in rows if row["phase"] == phase]
@@ -471,7 +471,7 @@ def tables(rows: list[dict], unit: str) -> str:
         for method, curve in curves(rows, key).items():
             line = " ".join(f"{value:.1f}" for value in curve)
             parts.append(f"{method}, {title} after pass 0, 1, 2 …: {line}")
-    return "\n\n".join(parts)
+    return "\n" + "\n\n".join(parts)
 
 
 def grouped(rows: list[dict], key: str, *names: str) -> dict[tuple, list[float]]:

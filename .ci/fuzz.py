@@ -24,10 +24,8 @@ import torch
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-import data  # noqa: E402
-import iopfl  # noqa: E402
 import train  # noqa: E402
-from models import UNet  # noqa: E402
+from train import UNet, data, iopfl  # noqa: E402
 
 # Of each kind: folder of a site's images, that of its masks, their names; options of a training.
 KINDS = {"plain": ("images", "masks", ".png", ".png", []),
@@ -43,6 +41,7 @@ TWO = [*TOY, "--rounds", "2", "--seeds", "0", "1"]
 INSTEAD = [Path.mkdir, lambda file: file.symlink_to(file.name), lambda file: file.symlink_to("/no"),
            getattr(os, "mkfifo", Path.mkdir), lambda file: None]
 NAMES = ["a b", "new\nline", "-x", "x_segmentation", ".z", "x" * 200, "\udcff", "%s", "A", "07"]
+SITES = ["All", "ISBI", "x\ny", ".z", "\udcff"]
 CORNERS = {"I;16": [300, 65535], "I": [70000, -3], "F": [np.nan, np.inf, 1e38, 0.5]}
 MODES = ["1", "L", "L", "P", "RGB", "RGBA", "LA", "CMYK", *CORNERS]
 ENDINGS = [".png", ".PNG", ".bmp", ".gif", ".tif", ".TIFF", ".jpg"]
@@ -130,8 +129,7 @@ def lay_out(site: Path, rng: random.Random) -> None:
             (site / part / name).mkdir(parents=True, exist_ok=True)
             (site / name / f"{n}.png").rename(site / part / name / f"{n}.png")
     if way == 2:
-        names = ["All", "ISBI", "x\ny", ".z", "\udcff", *[folder.name.upper()] * 5]
-        folder.rename(folder.with_name(rng.choice(names)))
+        folder.rename(folder.with_name(rng.choice([*SITES, *[folder.name.upper()] * 5])))
     elif way == 3:
         more = folder / rng.choice(["notes.txt", "z.png", "1.bmp", "val", "masks"])
         rng.choice([Path.mkdir, Path.touch, lambda path: path.symlink_to("..")])(more)
@@ -201,11 +199,11 @@ def check_adapting(args: argparse.Namespace, out: Path, errors: str) -> None:
         count = len(torch.load(last, weights_only=True)["own"]) + 1
         assert count == len(known["experts"]) == len(known["chosen"]), known["experts"]
     sources = [f for f in Path(args.images).iterdir() if "_segmentation" not in f.name.lower()]
-    assert len(rows) == len([*(out / "masks").iterdir()]), [*rows]
-    assert errors or len(rows) == len([f for f in sources if f.name[0] != "."]), [*rows]
+    seen = [f for f in sources if f.name[0] != "."]
+    assert len(rows) == len([*(out / "masks").iterdir()]) and (errors or len(rows) == len(seen))
     run_train([*ONE, "--adapt", out, "--images", args.images, "--out", again])
-    drawn = [f for f in Path(args.masks or out).iterdir() if f not in sources]
-    drawn = {data.stem(f).replace("_segmentation", ""): f for f in drawn}
+    drawn = {data.stem(f).replace("_segmentation", ""): f
+             for f in Path(args.masks or out).iterdir() if f not in sources}
     for source in (f for f in sources if f.name in rows):
         row, name = rows[source.name], data.stem(source)
         file = f"masks/{name}" + (".nii.gz" if data.is_volume(source) else ".png")
@@ -213,12 +211,11 @@ def check_adapting(args: argparse.Namespace, out: Path, errors: str) -> None:
         mask = data.read_truth(out / file, None, "images", shape, most)  # refuses another shape
         assert abs((mask > 0).mean() - float(row["foreground"])) < 1e-9, row
         assert args.online or (again / file).read_bytes() == (out / file).read_bytes(), row
-        for structure, classes in known["structures"].items():
-            told = row.get(f"Dice {structure} after")
-            if told:
-                truth = data.read_truth(drawn[name], known["mask_values"], known["kind"], shape, most)
-                score = iopfl.dice(np.isin(mask, classes), np.isin(truth, classes))
-                assert abs(score - float(told)) < 1e-9, (row, score)
+        for structure in (s for s in known["structures"] if row.get(f"Dice {s} after")):
+            values, classes = known["mask_values"], known["structures"][structure]
+            truth = data.read_truth(drawn[name], values, known["kind"], shape, most)
+            score = iopfl.dice(np.isin(mask, classes), np.isin(truth, classes))
+            assert abs(score - float(row[f"Dice {structure} after"])) < 1e-9, (row, score)
 
 
 def run_train(argv: list) -> tuple[int, str]:
@@ -241,9 +238,8 @@ def case(rng: random.Random, sound: Path, place: Path) -> int:
     (place / "work").mkdir(parents=True)
     argv, out = command(rng, sound, place), place / "work/out"
     before, (status, errors), after = contents(), run_train(argv), contents()
-    check, proof = check_training, out / "results.json"
-    if "--adapt" in argv:
-        check, proof = check_adapting, out / "adapted.json"
+    check = check_adapting if "--adapt" in argv else check_training
+    proof = out / ("adapted.json" if "--adapt" in argv else "results.json")
     new = proof in after and after[proof] != before.get(proof)
     lines = [e for e in errors.splitlines() if "left out: " not in e and "not scored: " not in e]
     try:
@@ -273,12 +269,11 @@ def main() -> int:
         make_sound(sound)
         for seed in range(args.seed, args.seed + args.count):
             try:
-                ends.append(case(random.Random(seed), sound, Path(folder) / "case"))
+                ends.append(case(random.Random(f"case {seed}"), sound, Path(folder) / "case"))
             except AssertionError as error:
                 ends.append(-1)
                 print(f"fuzz.py 1 --seed {seed}: {error}", flush=True)
-    print(f"{len(ends)} cases, {ends.count(-1)} faults; exit status 0, 1, 2: "
-          f"{ends.count(0)}, {ends.count(1)}, {ends.count(2)}")
+    print("faults and cases by exit status:", [ends.count(status) for status in (-1, 0, 1, 2)])
     return int(-1 in ends)
 
 
