@@ -321,7 +321,8 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     is split by a shuffle of (seed, site). Errors name a file and a way out, warnings what is left
     out."""
     root, found = Path(root), {}
-    _left_out([f for f in sorted(root.iterdir()) if f.suffix.lower() in IMAGE_TYPES], "beside the sites")
+    beside = [file for file in sorted(root.iterdir()) if file.suffix.lower() in IMAGE_TYPES]
+    _left_out(beside, "beside the sites")
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name[0] == ".":
             continue

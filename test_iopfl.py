@@ -1094,6 +1094,8 @@ LEFT_OUT = {
     "unknown types": (lambda r: (r / "a/images/notes.xml").write_text("x"), "notes.xml"),
     "nothing": (lambda r: (r / "empty").mkdir(), "empty"),
     "beside": (lambda r: (r / "a/holdout").mkdir(), "a/holdout"),
+    "in the root": (lambda r: (r / "9.png").touch(), "9.png"),
+    "in a part": (lambda r: (r / "c/train/9.png").touch(), "c/train/9.png"),
     "lists beside a split": (lambda r: (r / "c/train.txt").write_text("00"), "c/train.txt"),
 }
 
@@ -1465,7 +1467,8 @@ def test_rows_are_those_of_the_saved_models(toy_run):
         prediction = iopfl.predict(model, site.test.images).numpy()
         expected = np.mean([iopfl.dice(p > 0, m > 0)
                             for p, m in zip(prediction, site.test.masks.numpy())])
-        row, = [r for r in rows if (r["phase"], r["method"], r["site"]) == ("inside", "iopfl", site.name)]
+        row, = [r for r in rows if (r["phase"], r["method"], r["site"])
+                == ("inside", "iopfl", site.name)]
         assert row["dice"] == pytest.approx(expected, abs=1e-12)
 
 
@@ -1481,7 +1484,8 @@ def test_a_killed_run_goes_on_to_the_same_bits(toy_run, tmp_path):
     """SIGKILL as soon as the first round is on the disk."""
     out = tmp_path / "killed"
     argv = [*TOY, "--methods", "all", "--out", str(out)]
-    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv],
+                               stdout=subprocess.DEVNULL)
     while process.poll() is None and not (out / "seed0-Cedar-iopfl" / "last.pt").exists():
         time.sleep(0.01)
     process.kill()
@@ -1523,6 +1527,7 @@ def test_overwrite_removes_only_what_a_run_writes(tmp_path, capsys):
     (["--images", "."], "--images would do nothing"), (["--root", "nowhere"], "no such folder"),
     (["--mask-values", "0", "1"], "would do nothing"), (["--list", "--rounds", "3"], "--rounds"),
     (["--adapt", "."], "go together"), (["--adapt", ".", "--images", ".", "--size", "9"], "--size"),
+    (["--adapt", ".", "--images", ".", "--mask-values", "0", "1"], "goes with --masks"),
     (["--width", "1024", "--depth", "10"], "channels"), (["--round", "3"], "--round"),
     (["--size", "2", "--depth", "1", "--batch-size", "1"], "batch of one")])
 def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, capsys, argv, part):
@@ -1561,7 +1566,25 @@ def test_adapting_a_run_repeats_its_outside_phase(toy_run, tmp_path, capsys):
     again = tmp_path / "again"
     assert train.main(["--adapt", str(out), *argv[:2], "--out", str(again)]) == 1
     for row in rows:
-        assert (again / "masks" / row["file"]).read_bytes() == (out / "masks" / row["file"]).read_bytes()
+        written = [folder / "masks" / row["file"] for folder in (again, out)]
+        assert written[0].read_bytes() == written[1].read_bytes()
+
+
+def test_saved_images_are_adapted_to(toy_run, tmp_path):
+    """The hospital outside as files: its masks, and images whose prediction barely differs."""
+    theirs = tmp_path / "theirs"
+    argv = ["--images-per-site", "8", "--size", "16", "--sites", "3", "--out", str(tmp_path / "l")]
+    assert train.main(["--list", *argv, "--save-images", str(theirs)]) == 0
+    site = data.simulate_sites("prostate", 0, 16, 8, 3).sites[-1]
+    for case, mask in zip(site.everything.cases, site.everything.masks):
+        assert np.array_equal(np.array(Image.open(theirs / "masks" / f"{case}.png")), mask)
+    argv = ["--images", str(theirs / "images"), "--masks", str(theirs / "masks")]
+    assert train.main(["--adapt", str(toy_run), *argv, "--out", str(tmp_path / "out")]) == 0
+    with open(tmp_path / "out" / "images.csv", newline="") as file:
+        found = np.mean([float(row["Dice prostate after"]) for row in csv.DictReader(file)])
+    rows = json.loads((toy_run / "results.json").read_text())["rows"]
+    row, = [r for r in rows if (r["phase"], r["method"]) == ("outside", "routing")]
+    assert found == pytest.approx(row["dice"], abs=0.02)
 
 
 def test_palette_has_256_colours():

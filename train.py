@@ -72,7 +72,7 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
     """One federation of all hospitals but one (M1, M2), then the one outside (M4 to M8).
     Returns rows of results.json and what routing chose; `folder` holds them and the models."""
     if (folder / "rows.json").exists():
-        return load(folder / "rows.json")
+        return load(folder / "rows.json", dict, "rows", "seconds")
     begin = tick = time.perf_counter()
     file, device = folder / "last.pt", args.device
     inside = [site for site in dataset.sites if site.name != hold_out]
@@ -124,17 +124,19 @@ def hospital_outside(dataset, hold_out: str, models: dict[str, nn.Module], metho
 
 
 def routing(models: list[nn.Module], split: data.Split, seed: int, *, settings=RoutingSettings(),
-            experts=slice(None), fit: dict | None = {}, online=False, curve=0, **changes):
+            experts=slice(None), fit: dict | None = {}, rule=router.site_share, online=False,
+            curve=0, **changes):
     """The models as one routed network (M4, M5), adapted to images without labels (M6 to M8).
     settings and changes of them; experts: which models are routed; fit: options of
-    `router.fit_to_site`, None: without it, as published; curve: adapt so often.
+    `router.fit_to_site`, None: without it, as published; rule: of the share of the site's
+    statistics; curve: adapt so often.
     Returns probabilities (N, C, H, W), with a curve before and after each time; the network."""
     images, settings = split.images.float(), replace(settings, **changes)
     routed = router.build_routed(models[experts], settings, seeded(seed))
     if fit is not None:
         seen = images[:settings.batch_size] if online else images
-        if experts != slice(None):  # a part does not know how far apart all hospitals lie
-            fit = {"share": router.site_share(models, router.divergence(models[-1], seen)), **fit}
+        # By all models: those that are routed may not know how far apart the hospitals lie.
+        fit = {"share": rule(models, router.divergence(models[-1], seen)), **fit}
         router.fit_to_site(routed, models[experts], seen, online=online, **fit)
     generator = seeded(seed, images.device)
     passes = [router.predict(routed, images)] if curve else []
@@ -197,6 +199,7 @@ OUTSIDE_ABLATIONS = {
     "site-routing": partial(routing, per_sample=False),
     "batch": partial(routing, batch_statistics=True),
     **{f"share={share}": partial(routing, fit={"share": share}) for share in (0.0, 0.25, 0.5, 1.0)},
+    "tolerance=0.02": partial(routing, rule=lambda _, D: float(1 / (1 + (0.02 / D) ** 4))),
     "random-start": partial(routing, fit={"start": "random"}),
     "uniform-start": partial(routing, fit={"start": "uniform"}),
     "equal-start": partial(routing, fit={"global_prior": None}),  # the global model as any other
@@ -345,22 +348,27 @@ def save(path: Path, content: dict) -> None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_file = path.with_name(path.name + ".partial")
-    with open(partial_file, "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(content, file)
-        else:
-            file.write(json.dumps(content, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    partial_file.replace(path)
+    try:
+        with open(partial_file, "wb") as file:
+            if path.suffix == ".pt":
+                torch.save(content, file)
+            else:
+                file.write(json.dumps(content, indent=1).encode())
+            file.flush()
+            os.fsync(file.fileno())
+        partial_file.replace(path)
+    except BaseException:
+        partial_file.unlink(missing_ok=True)
+        raise
 
 
-def load(path: Path, kind: type = dict):
-    """What `save` wrote; nothing in the file is executed."""
+def load(path: Path, kind: type = dict, *keys: str):
+    """What `save` wrote, with these keys; nothing in the file is executed."""
     try:
         if path.suffix == ".pt":
             return kind(**torch.load(path, map_location="cpu", weights_only=True))
-        return kind(**json.loads(path.read_bytes()))
+        found = kind(**json.loads(path.read_bytes()))
+        return {key: found[key] for key in (*keys, *found)}
     except OSError:
         raise
     except Exception as error:  # of many kinds: the archive, its index or a tensor may be wrong
@@ -663,6 +671,16 @@ def show(args, out: Path) -> int:
     path = out.with_name(out.name + "-hospitals.png")
     draw_hospitals(dataset.sites, path)
     say(f"Six images of each, two with their masks: {path}")
+    if args.save_images:
+        folder = Path(args.save_images)
+        for number, mask in enumerate(split.masks.numpy()):
+            name = split.cases[number].replace("/", "-") + ".png"
+            planes = split.shown(number).numpy().transpose(1, 2, 0)
+            planes = np.interp(planes, (planes.min(), planes.max()), (0, 255)).astype(np.uint8)
+            for kind, pixels in (("images", planes.squeeze()), ("masks", mask)):
+                (folder / kind).mkdir(parents=True, exist_ok=True)
+                Image.fromarray(pixels).save(folder / kind / name)
+        say(f"Images and masks of {site.name}: {folder}")
     return 0
 
 
@@ -704,6 +722,8 @@ def adapt_to_folder(args, out: Path) -> int:
     files = ["adapted.json", "adapted.pt", "images.csv", "routing.png", *chain(*names)]
     open_folder(args, out, {"adapt": str(Path(args.adapt).resolve()),
                             "images": str(folder.resolve()), "files": files}, "adapted.json")
+    if args.mask_values and known["kind"] == "volumes":
+        raise WrongUse("--mask-values: of volumes, labels above 0 are prostate; leave it out")
     known["mask_values"] = args.mask_values or known["mask_values"]
 
     inputs = {}
@@ -819,6 +839,7 @@ OPTIONS = {
     "size": ("*l", int, 96, "height and width of an image, in pixels", 1, 4096),
     "sites": ("*l", int, 6, "number of simulated hospitals", 1, 10**6),
     "images_per_site": ("*l", int, 60, "simulated: 60 per cent train, 15 validate", 4, 10**6),
+    "save_images": ("l", str, None, "folder for the last hospital's images and masks, as PNG"),
     "skip_empty": ("*l", bool, False, "slices without prostate do not train"),
     "list": ("l", bool, False, "show what the images are and end"),
     "adapt": ("a", str, None, "a trained run, a folder seed… of it, or what --adapt wrote"),
@@ -897,6 +918,7 @@ def check(args: argparse.Namespace, given: dict) -> None:
             (not 1 < len({*values}) == len(values) <= 256,
              "--mask-values must be 2 to 256 different numbers, one a class"),
             ((args.adapt is None) != (args.images is None), "--adapt and --images go together"),
+            (args.adapt and args.mask_values and not args.masks, "--mask-values goes with --masks"),
             (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU"),
             (args.out == "", "--out must not be empty")):
         if wrong:
