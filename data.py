@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass
 class Split:
-    """images: (N, C, H, W) float32; of volumes (N, 3, H, W) float16, a slice between its two;
+    """images: (N, C, H, W) float32; of volumes (N, 3, H, W) float16, a slice between its neighbours;
     masks: (N, H, W) uint8, classes; cases: N names, that of a volume for each of its slices."""
     images: Tensor
     masks: Tensor

@@ -33,14 +33,14 @@ def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int 
                 anchor: State | None = None, generator: torch.Generator) -> float:
     """Train `model` in place on one client's images (M1); return the last epoch's mean Dice loss.
 
-    images: (N, C, H, W) and masks: (N, H, W) class indices, where the model is.
+    images: (N, C, H, W) and masks: (N, H, W) class indices, on the model's device.
     proximal: μ of the term μ/2 · ‖w - anchor‖²; anchor: by default the weights at the call.
     generator (CPU) draws the order of the images.
     Published code: Adam with amsgrad, new each round, no weight decay, no augmentation."""
     model.train()
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
-    dtype, start = next(model.parameters()).dtype, anchor or snapshot(model)
-    start = [start[name].to(w.device) for name, w in model.named_parameters()]
+    dtype, anchor = next(model.parameters()).dtype, anchor or snapshot(model)
+    pulled_to = [anchor[name].to(w.device) for name, w in model.named_parameters()]
     for _ in range(epochs):
         losses = []
         order = torch.randperm(len(images), generator=generator).to(images.device)
@@ -48,7 +48,7 @@ def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int 
         for batch in order.tensor_split(-(-len(images) // batch_size)):
             loss = soft_dice_loss(model(images[batch].to(dtype)), masks[batch])
             losses.append(loss.detach())
-            for w, before in zip(model.parameters(), start) if proximal else ():
+            for w, before in zip(model.parameters(), pulled_to) if proximal else ():
                 loss = loss + proximal / 2 * (w - before).square().sum()
             optimiser.zero_grad()
             loss.backward()
@@ -122,11 +122,11 @@ def update_personal(personal: State | None, local: State, alpha: float) -> State
 @dataclass(frozen=True)
 class Method:
     """A federated method as its answers to three questions; METHODS holds the usual ones.
-    stays: the layers that never leave a client: "none", "batchnorm", "head" (the last one), "all".
-    proximal: μ of the pull towards the global model in local training.
-    own: what a client's own model accumulates by M2 with `alpha` (0: it is that model itself): its
-    "local" models, or the "shared" one, global with the layers that stayed. Or "second": another
-    model, trained beside the shared one and pulled towards it by `own_proximal`."""
+    stays: which layers never leave a client? "none", "batchnorm", "head" (the last one) or "all".
+    proximal: how strong is the pull towards the global model in local training (μ)?
+    own: what is a client's own model? M2 with `alpha` over its "local" models (alpha 0: the last
+    one), or over the "shared" one, which is the global model with the layers that stayed; or a
+    "second" model, trained beside the shared one and pulled towards it by `own_proximal`."""
 
     stays: str = "none"
     proximal: float = 0.0
@@ -183,7 +183,7 @@ def federate(model: nn.Module, clients: dict, rounds: int, method: Method = METH
     start, stays = snapshot(model), staying_entries(model, method.stays)
     last = after or Round(0, start, {}, {})
 
-    def train(name: str, number: int, state: State, **pull) -> tuple[State, float]:
+    def train_client(name: str, number: int, state: State, **pull) -> tuple[State, float]:
         model.load_state_dict(state)
         loss = train_local(model, clients[name].images, clients[name].masks, epochs=epochs, lr=lr,
                            batch_size=batch_size, generator=seeded(seed, number, name), **pull)
@@ -198,18 +198,18 @@ def federate(model: nn.Module, clients: dict, rounds: int, method: Method = METH
         for name in my_share(present):
             own = last.own.get(name, start)
             begin = last.global_state | {entry: own[entry] for entry in stays}
-            local[name], losses[name] = train(name, number, begin, proximal=method.proximal)
+            local[name], losses[name] = train_client(name, number, begin, proximal=method.proximal)
             if method.own == "second":
-                second[name], _ = train(name, number, own, proximal=method.own_proximal,
-                                        anchor=last.global_state)
+                second[name], _ = train_client(name, number, own, proximal=method.own_proximal,
+                                               anchor=last.global_state)
         local, second, losses = gather(local), gather(second), gather(losses)
         sizes = [len(clients[name].images) for name in present]
         global_state = aggregate([local[name] for name in present], sizes)  # g^t (M1)
         own = dict(last.own)
         for name in present:
             shared = global_state | {entry: local[name][entry] for entry in stays}
-            source = {"local": local, "second": second}.get(method.own, {}).get(name, shared)
-            own[name] = update_personal(own.get(name), source, method.alpha)  # p_k^t (M2)
+            candidates = {"local": local.get(name), "shared": shared, "second": second.get(name)}
+            own[name] = update_personal(own.get(name), candidates[method.own], method.alpha)  # M2
         last = Round(number, global_state, own, {name: losses[name] for name in present})
         yield last
 

@@ -22,14 +22,14 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RoutingSettings:
-    """The defaults are ours; AUTHORS is the published code. The loss terms are means over pixels, so
-    that no weight depends on batch or image size."""
+    """The defaults are ours; AUTHORS is the published code. The loss terms are means over pixels:
+    no weight depends on batch or image size."""
 
     softmax: bool = True  # routing weights sum to one; False: a sigmoid each, which do not
     per_sample: bool = True  # False: routers see no image, so that all images are routed alike
     dropout: float = 0.2  # inside the routers, while adapting
     mix_batchnorm: bool = True  # BatchNorm mixed like the kernels; False: the last expert's
-    batch_statistics: bool = False  # in BatchNorm; False: running ones, mixed by `fit_to_site`
+    batch_statistics: bool = False  # in BatchNorm; False: running ones, and a share of the site's
     consistency: float = 1.0  # λ_con
     shape: float = 0.02  # λ_shape
     entropy: float = 0.0  # λ_ent
@@ -41,8 +41,8 @@ class RoutingSettings:
     leash: float | None = 0.01  # how far a class's area may move (part 2); None: anywhere
 
 
-# Its entropy is summed over a batch of 5 and weighted by 10: 25 times M8's mean. Its shape term,
-# the 2-norm of 10⁻⁶ · M7, has about the gradient of 0.004 times M7's mean at 384 × 384.
+# The published entropy is summed over a batch of 5 and weighted by 10: 25 times M8's mean. The
+# shape term, 10⁻⁶ times the 2-norm of M7's map, has about the gradient of 0.004 times M7 at 384².
 AUTHORS = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics=True,
                           consistency=0.1, shape=0.004, entropy=25.0, lr=1e-3, passes=10,
                           leash=None)
@@ -66,7 +66,7 @@ class Router(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Features (N, C, H, W) → routing weights (N, M)."""
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would be too coarse here
-            # The sum, divided where it is small: its gradient needs no pass over the features.
+            # Sum, then divide: dividing the few sums spares backward a pass over all features.
             pooled = x.sum(dim=(2, 3)).to(self.fc1.weight.dtype) / (x.shape[2] * x.shape[3])
             hidden = self.fc1(pooled) * self.settings.per_sample  # (N, 2C)
             if self.training:
@@ -117,7 +117,8 @@ class RoutedConv2d(nn.Module):
 
 
 class RoutedBatchNorm2d(nn.Module):
-    """BatchNorm of M experts, mixed by the weights of the routed convolution before it.
+    """BatchNorm of M experts, mixed by the weights of the routed convolution before it: `routing`,
+    which all layers of a network share, holds the weights of the pass so far.
     `delta_weight` and `delta_bias` (C,) are what adaptation adds to the affine. In training mode it
     counts its inputs into the site's statistics, of which it uses `site_share` (part 2).
     Published code: the last expert's affine, statistics of the batch. The rest: ours."""
@@ -231,7 +232,7 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
         routed = (RoutedBatchNorm2d(experts, routing, settings) if type(last) is nn.BatchNorm2d
                   else RoutedConv2d(experts, name, routing, settings, generator))
         made[id(last)] = routed.to(example)
-    # A copy of the last model with the routed layers wherever it has its own.
+    # deepcopy's memo puts the routed layers, by id, in place of the last model's own.
     return RoutedNetwork(copy.deepcopy(models[-1], made), routing, settings).eval()
 
 
@@ -345,10 +346,11 @@ def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, 
                 start: str = "matched", global_prior: float | None = 0.5,
                 share: float | None = None, online: bool = False) -> None:
     """Once, before the first step: where routing starts, and whose BatchNorm statistics it uses.
+    For another hospital `reset` first. Every image and layer starts alike; steps change that.
     models: those that `routed` was built from. images: (N, C_in, H, W) of the site, for `online`
     the first batch, which `adapt` will count itself.
     start: "matched", every layer at the weights ∝ prior · exp(-D / spread), D a model's divergence,
-    spread its standard deviation; "uniform"; or "random", as built. global_prior: of the last model,
+    spread its standard deviation; "uniform"; or "random", as built. global_prior: of the last one,
     None: that of all. share: of the site's statistics, by default `site_share`.
     Raises ValueError where a model, routed alone, does not give what it gives itself."""
     probe = build_routed(models)
@@ -430,7 +432,7 @@ def site_share(models: list[nn.Module], D: Tensor) -> float:
     D: the site's `divergence` from the last model, the global one; u: that of the other models'
     running statistics, in the mean: how far apart the known hospitals lie. A site no farther off
     keeps what was learnt from more images than it has. 0 where u does not exist: one model alone,
-    no running statistics. The constant was set on six real sources and seed 41 of the simulation."""
+    no running statistics. The constant was set on six real sources and the simulation's seed 41."""
     *others, last = [running_norms(model) for model in models]
     layers = [gaussian_divergence(norm.running_mean, norm.running_var, own)
               for norms in others for norm, own in zip(norms, last)]
@@ -450,8 +452,8 @@ def measure_site(routed: RoutedNetwork, images: Tensor) -> None:
 @torch.no_grad()
 def pull_back(routed: RoutedNetwork, images: Tensor, probabilities: Tensor) -> None:
     """The leash. Every term of the objective is least for an empty mask, and no image says how
-    generously its annotator draws: where the area of a class has moved by more than `leash` of what
-    the start gives, all that adapts goes half of the way back."""
+    generously its annotator draws: where the area of a class in these probabilities, those before
+    the step, is more than `leash` off what the start gives, all that adapts goes half way back."""
     start = {n: routed.start[n] for n, value in routed.named_parameters() if value.requires_grad}
     logits = torch.func.functional_call(routed, start, (images,))
     at_start = logits.to(probabilities.dtype).softmax(dim=1)

@@ -129,8 +129,8 @@ def routing(models: list[nn.Module], split: data.Split, seed: int, *, settings=R
     """The models as one routed network (M4, M5), adapted to images without labels (M6 to M8).
     settings and changes of them; experts: which models are routed; fit: options of
     `router.fit_to_site`, None: without it, as published; rule: of the share of the site's
-    statistics; curve: adapt so often.
-    Returns probabilities (N, C, H, W), with a curve before and after each time; the network."""
+    statistics; curve: number of times to adapt, with probabilities before and after each.
+    Returns a list of probabilities (N, C, H, W), whose last count, and the network."""
     images, settings = split.images.float(), replace(settings, **changes)
     routed = router.build_routed(models[experts], settings, seeded(seed))
     if fit is not None:
@@ -535,7 +535,7 @@ def compare(rows: list[dict], reference: str) -> str:
     dice = grouped(rows, "dice", "method", "site", "seed")
     lines = [f"{reference + ' against':22}    mean   least    most   wins  ties  losses         p"]
     for method in dict.fromkeys(row["method"] for row in rows if row["method"] != reference):
-        gains = 100 * np.array([np.mean(values) - np.mean(dice[method, *pair])
+        gains = 100 * np.array([np.mean(values) - np.mean(dice[(method, *pair)])
                                 for (owner, *pair), values in dice.items() if owner == reference])
         wins, losses = int((gains >= 0.1).sum()), int((gains <= -0.1).sum())
         spans = "".join(f"{gain:+8.2f}" for gain in (gains.mean(), gains.min(), gains.max()))
@@ -830,8 +830,9 @@ def write_masks(file: Path, mask_file: Path | None, found: dict, known: dict, ou
 
 
 # ---------------------------------------------------------------- the command line
-# name: where it works (training, --list, --adapt; "*": training, and it decides about the results),
-# type, default, help, and the words or the least and most that are allowed.
+# name: where it works ("t" training, "l" --list, "a" --adapt; "*": training, and it decides about
+# the results, so that --resume compares it), type, default, help, and the words, or the least and
+# the most, that are allowed.
 OPTIONS = {
     "task": ("*l", str, "prostate", "which simulated hospitals", "prostate", "fundus"),
     "root": ("*l", str, None, "folders of real images instead, one a site; layouts in README.md"),
