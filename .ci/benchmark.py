@@ -146,11 +146,14 @@ class Benchmark:
         for count, ms in zip(counts, took):
             line(str(count), ms, ms / took[0], *self.alone(self.memory_of_a_step, count))
         if picture:
-            sheet = Image.new("RGB", (480, 270), "white")
-            ImageDraw.Draw(sheet).text((20, 10), "2 to 32: routing blue, ensemble red", "black")
-            for curve, colour in (took, "blue"), (counts, "red"):
-                points = [(20 + 110 * n, 265 - 15 * y / curve[0]) for n, y in enumerate(curve)]
-                ImageDraw.Draw(sheet).line(points, colour, 3)
+            sheet = Image.new("RGB", (520, 330), "white")
+            draw = ImageDraw.Draw(sheet)
+            for curve, colour, name in (took, "blue", "routing"), (counts, "red", "ensemble"):
+                points = [(30 + 110 * n, 305 - 16 * y / curve[0]) for n, y in enumerate(curve)]
+                draw.line(points, colour, 3)
+                for (x, y), count, value in zip(points, counts, curve):
+                    draw.text((x - 8, y - 18), f"{value / curve[0]:.3g} {name}", colour)
+                    draw.text((x - 8, 312), f"{count} experts", "black")
             sheet.save(Path(__file__).resolve().parents[1] / "docs" / "growth.png")
 
     def memory_of_a_step(self, experts: int) -> tuple[float, float]:
@@ -186,15 +189,18 @@ class Benchmark:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small shapes, half a minute")
-    parser.add_argument("--picture", action="store_true", help="draw docs/growth.png")
-    parser.add_argument("--default-memory", action="store_true", help="leave glibc's as it is")
+    for name, text in (("--quick", "small shapes"), ("--picture", "draw docs/growth.png"),
+                       ("--default-memory", "leave glibc's as it is")):
+        parser.add_argument(name, action="store_true", help=text)
     args = parser.parse_args()
     if not args.default_memory:
         keep_memory()
     for device in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
         bench = Benchmark(device, args.quick)
         print(device, torch.__version__, torch.get_num_threads(), "threads;", vars(bench))
-        for table in (bench.layers, bench.adaptation, partial(bench.growth, args.picture),
-                      bench.rounds, partial(bench.alone, bench.mean), bench.training):
-            table()
+        bench.layers()
+        bench.adaptation()
+        bench.growth(args.picture)
+        bench.rounds()
+        bench.alone(bench.mean)
+        bench.training()
