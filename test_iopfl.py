@@ -821,8 +821,7 @@ def test_simulated_images_and_masks(task, channels, classes):
         assert split.cases == [f"{site.name}-{number:03d}" for number in range(8)]
         assert site.spacing == dict.fromkeys(split.cases, (mm, mm))
         assert torch.equal(split.shown(3), split.images[3])
-        moved = split.to("cpu")
-        assert moved.images.is_contiguous(memory_format=torch.channels_last)
+        assert split.to("cpu").images.is_contiguous(memory_format=torch.channels_last)
         for image, mask in zip(split.images, split.masks):
             assert image.mean().item() == pytest.approx(0, abs=1e-4)
             assert image.var(unbiased=False).item() == pytest.approx(1, abs=1e-3)
@@ -830,7 +829,6 @@ def test_simulated_images_and_masks(task, channels, classes):
 
 
 def test_simulated_cup_lies_inside_disc():
-    """The drawn cup never touches the background, and the disc has more pixels than the cup."""
     for site in data.simulate_sites("fundus", 0, size=96, images_per_site=4).sites:
         for mask in site.everything.masks.numpy():
             disc, cup = mask > 0, mask == 2
@@ -852,7 +850,6 @@ def test_simulation_depends_on_its_arguments_alone(task):
     assert len(eight.sites) == 8 and len(three.sites) == 3
     assert len({site.train.images.numpy().tobytes() for site in eight.sites}) == 8
     assert six.fingerprint() == again.fingerprint() != other.fingerprint()
-    assert len(six.fingerprint()) == 8 and int(six.fingerprint(), 16) >= 0
 
 
 @pytest.mark.parametrize("task", ["prostate", "fundus"])
@@ -867,7 +864,6 @@ def test_extra_hospitals_lie_in_the_range_of_the_six(task):
 
 # ---- data: folders of images
 def test_folder_channels(tmp_path):
-    """Grey everywhere gives one channel; one RGB image gives three, grey ones repeated."""
     for name in ("a", "b"):
         write_site(tmp_path, name, 4, grey=True)
     loaded = data.load_folder(tmp_path, 32)
@@ -894,22 +890,7 @@ def test_mask_values_map_to_their_position(tmp_path, values):
         assert np.array_equal(np.array(values)[mask.numpy()], stored)
 
 
-@pytest.mark.parametrize("size", [16, 45])
-def test_resizing_keeps_class_indices(tmp_path, size):
-    """Masks of classes 0 and 2 (class 1 in one corner alone) get no value between."""
-    folder = write_site(tmp_path, "a", 4, values=(0, 2))
-    mask = np.zeros((32, 32), np.uint8)
-    mask[:16, :16] = 1
-    Image.fromarray(mask).save(folder / "masks" / "00.png")
-    loaded = data.load_folder(tmp_path, size)
-    split = loaded.sites[0].everything
-    assert loaded.classes == 3 and split.masks.shape == (4, size, size)
-    for case, found in zip(split.cases, split.masks):
-        assert found.unique().tolist() == ([0, 1] if case == "images/00.png" else [0, 2])
-
-
 def test_given_and_drawn_splits(tmp_path):
-    """Folders keep their split; a drawn one comes from the seed, is disjoint and holds all."""
     counts = {"train": 3, "Valid": 1, "test": 2}
     for part, count in counts.items():
         write_site(tmp_path / "a", part, count)
@@ -929,13 +910,6 @@ def test_given_and_drawn_splits(tmp_path):
         assert np.allclose(image.numpy(), (pixels - pixels.mean()) / pixels.std(), atol=1e-4)
         stored = Image.open(tmp_path / "b" / case.replace("images", "masks"))
         assert np.array_equal(mask.numpy(), np.asarray(stored))
-
-
-def test_large_values_do_not_overflow():
-    """Their squares do not fit into float32."""
-    image = np.array([[0, 1e30], [2e30, 1e30]], dtype=np.float32)
-    assert data.normalise(image) == pytest.approx(data.normalise(image / 1e30), abs=1e-6)
-    assert data.normalise(np.full((3, 3), 7, np.float32)).tolist() == [[0] * 3] * 3
 
 
 def _mask(root, pixels):
@@ -1061,7 +1035,6 @@ def warned(root, **settings):
 
 
 def test_capitals_and_other_types(tmp_path):
-    """Images/Masks, BMP and GIF, two names that differ in capitals alone: all are loaded."""
     a = write_site(tmp_path, "a", 4, grey=True)
     pixels = Image.open(a / "images" / "00.png").copy()
     truth = Image.open(a / "masks" / "00.png").copy()
@@ -1112,7 +1085,6 @@ def test_what_is_left_out_is_told(tmp_path, add, part):
 
 
 def test_fundus_domains(tmp_path):
-    """Disc and cup from grey values, those between to the nearest; validation from train."""
     rng = np.random.default_rng(0)
     mask = np.full((20, 24), 255, np.uint8)
     mask[4:16, 4:20], mask[8:12, 8:14], mask[4, 4:8] = 128, 0, (191, 192, 64, 63)
@@ -1141,7 +1113,6 @@ def test_fundus_domains(tmp_path):
 
 
 def test_kinds_of_image_files(tmp_path):
-    """Palette, alpha, CMYK, EXIF rotation and 16 bits give the pixels that a viewer shows."""
     pixels = np.random.default_rng(0).integers(0, 256, (20, 24, 3), dtype=np.uint8)
     smooth = Image.fromarray(pixels).resize((4, 3)).resize((24, 20))
     palette = smooth.quantize(16)
@@ -1176,7 +1147,6 @@ def test_kinds_of_image_files(tmp_path):
 
 
 def test_single_files(tmp_path):
-    """Pairs and masks for --adapt; what a network sees of a file."""
     a = write_site(tmp_path, "a", 3)
     (a / "masks" / "01.png").unlink()
     pairs = data.pairs_of(a / "images", a / "masks", strict=False)
@@ -1196,6 +1166,8 @@ def test_single_files(tmp_path):
     stacks = data.network_input(Path("x.nii"), volume, 8, 3, "volumes")
     assert single.shape == (4, 1, 8, 8) and stacks.shape == (4, 3, 8, 8)
     assert np.array_equal(stacks[:, 1], single[:, 0]) and np.array_equal(stacks[2, 0], single[1, 0])
+    large = np.array([[0, 1e30], [2e30, 1e30]], dtype=np.float32)  # squares overflow float32
+    assert data.normalise(large) == pytest.approx(data.normalise(large / 1e30), abs=1e-6)
     with pytest.raises(ValueError, match="x.png: the run was trained on grey"):
         data.network_input(Path("x.png"), pixels, 8, 1, "images")
     for path, values, kind in (("x.nii", volume, "fundus"), ("x.png", pixels, "volumes")):
@@ -1274,7 +1246,6 @@ def test_volumes_load_as_stacks(tmp_path):
 @pytest.mark.parametrize("codes, tilt", [("LPS", 0), ("RAS", 0), ("LAI", 0), ("SPL", 0), ("PSR", 0),
                                          ("RAI", 0.3), ("LPS", -0.4)])
 def test_orientation_comes_from_the_header(tmp_path, codes, tilt):
-    """One body along any axes is read as the same volume; a mask goes back to where it was."""
     nibabel = pytest.importorskip("nibabel")
     body = np.random.default_rng(0).random((4, 5, 6)).astype(np.float32)  # towards S, P, L
     steps = {"S": 3.0, "P": 0.6, "L": 0.5}
@@ -1347,7 +1318,6 @@ def test_bad_volumes(tmp_path, spoil, parts):
 
 
 def test_volumes_settings(tmp_path, monkeypatch):
-    """Lists of cases split; --mask-values is refused; without nibabel a hint."""
     write_volumes(tmp_path, {"UCL": 6}, shape=(24, 20, 1))
     lists = {"train": "Case03\nCase00.nii.gz", "val": "Case01\n\n", "test": "Case05"}
     for part, cases in lists.items():
@@ -1587,12 +1557,9 @@ def test_saved_images_are_adapted_to(toy_run, tmp_path):
     assert found == pytest.approx(row["dice"], abs=0.02)
 
 
-def test_palette_has_256_colours():
+def test_palette_has_256_colours_and_sign_test_by_hand():
     colours = np.array(train.palette()).reshape(256, 3)
     assert len(np.unique(colours, axis=0)) == 256 and colours.min() >= 0 and colours.max() < 256
-
-
-def test_sign_test_by_hand():
     assert train.sign_test(5, 0) == pytest.approx(2 / 32) and train.sign_test(2, 2) == 1
     assert train.sign_test(0, 0) == 1
 
