@@ -36,7 +36,6 @@ import router
 import train
 from models import UNet
 
-
 torch.set_num_threads(1)  # at these sizes no slower than two
 ALL_METHODS = iopfl.METHODS | {"global-alpha": iopfl.Method(alpha=0.7)}
 OURS, AUTHORS = {"entropy": 0.1, "passes": 2}, vars(router.AUTHORS) | {"passes": 2}

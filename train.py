@@ -364,6 +364,8 @@ def save(path: Path, content: dict) -> None:
 
 def load(path: Path, kind: type = dict, *keys: str):
     """What `save` wrote, with these keys; nothing in the file is executed."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: not a file")
     try:
         if path.suffix == ".pt":
             return kind(**torch.load(path, map_location="cpu", weights_only=True))
