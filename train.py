@@ -673,7 +673,7 @@ def show(args, out: Path) -> int:
     path = out.with_name(out.name + "-hospitals.png")
     draw_hospitals(dataset.sites, path)
     say(f"Six images of each, two with their masks: {path}")
-    if args.save_images:
+    if args.save_images:  # of the last site, which a training holds out
         folder = Path(args.save_images)
         for number, mask in enumerate(split.masks.numpy()):
             name = split.cases[number].replace("/", "-") + ".png"
@@ -715,6 +715,8 @@ def adapt_to_folder(args, out: Path) -> int:
     known, models, routed = open_trained(Path(args.adapt).resolve(), args.device)
     if args.online and routed:
         raise WrongUse(f"{args.adapt} was adapted before and is used as it is; leave out --online")
+    if args.mask_values and known["kind"] == "volumes":
+        raise WrongUse("--mask-values: of volumes, labels above 0 are prostate; leave it out")
     pairs = data.pairs_of(folder, Path(args.masks) if args.masks else None, strict=False)
     if not pairs:
         raise WrongUse(f"{folder}: no image; PNG, JPEG, TIFF, BMP, GIF and NIfTI are known")
@@ -724,8 +726,6 @@ def adapt_to_folder(args, out: Path) -> int:
     files = ["adapted.json", "adapted.pt", "images.csv", "routing.png", *chain(*names)]
     open_folder(args, out, {"adapt": str(Path(args.adapt).resolve()),
                             "images": str(folder.resolve()), "files": files}, "adapted.json")
-    if args.mask_values and known["kind"] == "volumes":
-        raise WrongUse("--mask-values: of volumes, labels above 0 are prostate; leave it out")
     known["mask_values"] = args.mask_values or known["mask_values"]
 
     inputs = {}
