@@ -19,7 +19,7 @@ from torch import Tensor
 
 @dataclass
 class Split:
-    """images: (N, C, H, W) float32; of volumes (N, 3, H, W) float16, a slice between its neighbours;
+    """images: (N, C, H, W) float32; of volumes (N, 3, H, W) float16, a slice amid its neighbours;
     masks: (N, H, W) uint8, classes; cases: N names, that of a volume for each of its slices."""
     images: Tensor
     masks: Tensor
@@ -77,7 +77,7 @@ class DataSet:
     def fingerprint(self) -> str:
         """8 hex digits: the CRC-32 of all images and masks."""
         crc = 0
-        for split in [site.everything for site in self.sites]:
+        for split in (site.everything for site in self.sites):
             crc = zlib.crc32(split.masks.numpy(), zlib.crc32(split.images.numpy(), crc))
         return f"{crc:08x}"
 
@@ -321,8 +321,8 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     is split by a shuffle of (seed, site). Errors name a file and a way out, warnings what is left
     out."""
     root, found = Path(root), {}
-    beside = [file for file in sorted(root.iterdir()) if file.suffix.lower() in IMAGE_TYPES]
-    _left_out(beside, "beside the sites")
+    beside = [file for file in sorted(root.iterdir()) if not file.is_dir()]
+    _left_out([file for file in beside if file.name[0] != "."], "files beside the sites")
     for folder in sorted(root.iterdir()):
         if not folder.is_dir() or folder.name[0] == ".":
             continue
@@ -348,7 +348,7 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
         for pairs in parts:
             cases = []
             for file, mask_file in pairs:
-                pixels, affine = _read(file)
+                pixels, affine = read_file(file)
                 mask = read_truth(mask_file, values, kind, pixels.shape[:3], affine=affine)
                 channels = max(channels, pixels.shape[-1])
                 classes[mask_file] = np.unique(mask).tolist()
@@ -479,7 +479,7 @@ def _parts(site: Path, name: str, seed: int) -> list[list[tuple[Path, Path]]]:
 
 
 # ---------------------------------------------------------------- single files
-def _read(path: Path, mask: bool = False) -> tuple[np.ndarray, np.ndarray]:
+def read_file(path: Path, mask: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and an affine, mm; whatever a decoder says becomes one ValueError."""
     try:
         if path.exists() and not path.is_file():  # a pipe would be waited for
@@ -538,15 +538,15 @@ def write_volume(path: Path, mask: np.ndarray, like: Path) -> None:
 def read_pixels(path: Path) -> np.ndarray:
     """float32: a volume, (slice, row, column, 1) from feet to head, front to back and the patient's
     right to left, or an image, (1, H, W, 1 or 3), turned as its EXIF says."""
-    return _read(path)[0]
+    return read_file(path)[0]
 
 
 def read_truth(path: Path, mask_values: list[int] | None, kind: str, shape: tuple[int, ...],
                classes: int = 2**16, affine: np.ndarray | None = None) -> np.ndarray:
     """The mask of a file of this shape (n, H, W) and affine, int32 classes: its values, or their
     places in `mask_values` (fundus: of the nearest); of a volume 1 where they are above 0."""
-    mask, own = _read(path, mask=True)
-    mask = mask > 0 if is_volume(path) else mask
+    mask, own = read_file(path, mask=True)
+    mask = mask > 0 if is_volume(path) and (kind == "volumes" or classes == 2) else mask
     if (mask != mask[..., :1] // 1).any() or mask.min() < 0 or mask.max() >= 2**16:
         raise ValueError(f"mask {path}: one channel of whole numbers from 0 to 65535 is expected")
     mask = mask[..., 0].astype(np.int32)

@@ -39,8 +39,8 @@ def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int 
     Published code: Adam with amsgrad, new each round, no weight decay, no augmentation."""
     model.train()
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
-    dtype, anchor = next(model.parameters()).dtype, anchor or snapshot(model)
-    pulled_to = [anchor[name].to(w.device) for name, w in model.named_parameters()]
+    dtype, anchor = next(model.parameters()).dtype, anchor or (snapshot(model) if proximal else {})
+    pulled_to = [anchor[name].to(w.device) for name, w in model.named_parameters() if proximal]
     for _ in range(epochs):
         losses = []
         order = torch.randperm(len(images), generator=generator).to(images.device)
@@ -48,7 +48,7 @@ def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int 
         for batch in order.tensor_split(-(-len(images) // batch_size)):
             loss = soft_dice_loss(model(images[batch].to(dtype)), masks[batch])
             losses.append(loss.detach())
-            for w, before in zip(model.parameters(), pulled_to) if proximal else ():
+            for w, before in zip(model.parameters(), pulled_to):  # none without a pull
                 loss = loss + proximal / 2 * (w - before).square().sum()
             optimiser.zero_grad()
             loss.backward()
@@ -109,8 +109,7 @@ def update_personal(personal: State | None, local: State, alpha: float) -> State
     Unrolled this is what the paper says, global and local updates accumulated (M3, tested): with
     D^s = g^s - g^{s-1} and d^t = w^t - g^{t-1},
     p^T = g^0 + Σ_{s<T} (1 - α^{T-s}) D^s + Σ_{t≤T} c_t d^t, c_1 = α^{T-1}, c_t = (1-α) α^{T-t}.
-    alpha: in [0, 1]; ours 0.7, published code 0.1. Returns new tensors; integers come from `local`.
-    """
+    alpha: in [0, 1]; ours 0.7, published code 0.1. New tensors; integers come from `local`."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"update_personal: alpha must lie in [0, 1], not {alpha}")
     before = local if personal is None else personal
@@ -299,10 +298,11 @@ def evaluate(prediction: Tensor, masks: Tensor, cases: Sequence[str], structures
     """Dice, HD95 and ASSD of each structure, per case, then averaged over the cases (M9).
     prediction, masks: (N, H, W) class indices; cases: N names, the same for all slices of a volume.
     structures: name → classes. spacing: (row, column) or (slice, row, column), by case or of all.
-    Returns for each structure dice, hd95, assd, the number of cases, and of those where a mask is
-    not empty, which the distances count (None without any, or with distances off)."""
+    A row a structure; distances, None if off, count the cases with a mask that is not empty."""
     spacing = spacing if isinstance(spacing, dict) else dict.fromkeys(cases, spacing)
     prediction, masks, cases = prediction.cpu().numpy(), masks.cpu().numpy(), np.array(cases)
+    if prediction.shape != masks.shape or len(masks) != len(cases):
+        raise ValueError(f"evaluate: {prediction.shape}, {masks.shape} and {len(cases)} cases")
     rows = []
     for structure, classes in structures.items():
         scores, lengths = [], []

@@ -67,7 +67,7 @@ class Router(nn.Module):
         """Features (N, C, H, W) → routing weights (N, M)."""
         with torch.autocast(x.device.type, enabled=False):  # bfloat16 would be too coarse here
             # Sum, then divide: dividing the few sums spares backward a pass over all features.
-            pooled = x.sum(dim=(2, 3)).to(self.fc1.weight.dtype) / (x.shape[2] * x.shape[3])
+            pooled = x.sum(dim=(2, 3), dtype=self.fc1.weight.dtype) / (x.shape[2] * x.shape[3])
             hidden = self.fc1(pooled) * self.settings.per_sample  # (N, 2C)
             if self.training:
                 draw = torch.rand(hidden.shape, generator=self.generator, device=x.device)
@@ -169,7 +169,7 @@ class RoutedNetwork(nn.Module):
 
     def __init__(self, network: nn.Module, routing: list, settings: RoutingSettings):
         super().__init__()
-        self.network, self.routing, self.settings, self.fitted = network, routing, settings, False
+        self.network, self.routing, self.settings = network, routing, settings
         self.keep_start()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -195,7 +195,7 @@ class RoutedNetwork(nn.Module):
         return [module for module in self.modules() if isinstance(module, kind)]
 
     def keep_start(self) -> None:
-        """What it is now is the start: of the leash, and of `reset`."""
+        """What it is now is the start, of the leash and of `reset`: call after load_state_dict."""
         self.start = {name: value.detach().clone() for name, value in self.named_parameters()}
         self.optimiser = torch.optim.Adam(self.parameters(), lr=self.settings.lr)
 
@@ -221,7 +221,8 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
         if len(kinds) > 1:
             raise ValueError(f"build_routed: the models differ in '{name}': {sorted(kinds)}")
         last, values = experts[-1], [v for e in experts for v in e.state_dict().values()]
-        if not last._parameters | last._buffers and not hasattr(last, "_orig_mod"):
+        owned = [*last.parameters(recurse=False), *last.buffers(recurse=False)]
+        if not owned and type(last) is not nn.BatchNorm2d and not hasattr(last, "_orig_mod"):
             continue
         changed = last._forward_pre_hooks or last._forward_hooks or "forward" in vars(last)
         if (type(last) not in (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d) or changed
@@ -254,9 +255,17 @@ def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
     return images
 
 
-def consistency_loss(probabilities: Tensor, of_view: Tensor, views: Tensor) -> Tensor:
+def in_another_view(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> Tensor:
+    """T⁻¹[p(T(x + ε))] (N, C, H, W) of images (N, C_in, H, W), T and ε drawn (M6)."""
+    views = draw_views(images, generator)
+    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    seen = routed.probabilities(view(images + routed.settings.noise * noise, views))
+    return view(seen, views, inverse=True)
+
+
+def consistency_loss(probabilities: Tensor, of_view: Tensor) -> Tensor:
     """mean (p(x) - T⁻¹[p(T(x + ε))])², a scalar in [0, 1] (M6). Both: (N, C, H, W)."""
-    return (probabilities - view(of_view, views, inverse=True)).square().mean()
+    return (probabilities - of_view).square().mean()
 
 
 def shape_constraint(probabilities: Tensor, radius: int) -> Tensor:
@@ -281,10 +290,8 @@ def objective(routed: RoutedNetwork, images: Tensor,
     settings, probabilities = routed.settings, routed.probabilities(images)
     loss = probabilities.new_zeros(())
     if settings.consistency:
-        views = draw_views(images, generator)
-        noise = torch.randn(images.shape, generator=generator, device=images.device)
-        of_view = routed.probabilities(view(images + settings.noise * noise, views))
-        loss = loss + settings.consistency * consistency_loss(probabilities, of_view, views)
+        of_view = in_another_view(routed, images, generator)
+        loss = loss + settings.consistency * consistency_loss(probabilities, of_view)
     if settings.shape:
         radius = max(1, round(settings.radius * min(images.shape[-2:])))
         loss = loss + settings.shape * shape_constraint(probabilities, radius)
@@ -302,11 +309,10 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator,
     offline: `passes` over all images in random order, then all are predicted.
     online: one step on each batch as it comes, which is then predicted; call again to go on.
     Raises ValueError, before anything changes, where there is no image or one is not finite."""
-    if not len(images) or not images.isfinite().all():
-        raise ValueError("adapt: no images, or values that are not finite")
+    check_images(images)
     predictions, size = [], routed.settings.batch_size
     for batch in images.split(size) if online else ():
-        if routed.fitted:
+        if any(norm.site_share > 0 for norm in routed.parts(RoutedBatchNorm2d)):
             measure_site(routed, batch)  # part 2
         step(routed, batch, generator)
         predictions.append(predict(routed, batch))
@@ -315,6 +321,11 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator,
         for numbers in order.split(size):
             step(routed, images[numbers], generator)
     return torch.cat(predictions) if online else predict(routed, images)
+
+
+def check_images(images: Tensor) -> None:
+    if not len(images) or not images.isfinite().all():
+        raise ValueError("no images, or values that are not finite")
 
 
 @torch.enable_grad()
@@ -353,12 +364,13 @@ def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, 
     spread its standard deviation; "uniform"; or "random", as built. global_prior: of the last one,
     None: that of all. share: of the site's statistics, by default `site_share`.
     Raises ValueError where a model, routed alone, does not give what it gives itself."""
-    probe = build_routed(models)
+    check_images(images)
+    probe = build_routed(models, generator=torch.Generator())
     for number, model in enumerate(models):
         route_alike(probe, torch.eye(len(models))[number])
         with torch.autocast(images.device.type, enabled=False):
             expected, found = plain_copy(model)(images[:2]), probe(images[:2])
-        if (found - expected).abs().max() > 0.01 * expected.abs().max():
+        if not (found - expected).abs().max() <= 0.01 * expected.abs().max():
             raise ValueError(f"fit_to_site: model {number} is not itself when it is routed: parts "
                              f"are unregistered, unlike the others', or begin with a BatchNorm")
     D = torch.stack([divergence(model, images) for model in models])  # (M,)
@@ -374,10 +386,9 @@ def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, 
         for value in (norm.site_mean, norm.site_variance, norm.site_images):
             value.zero_()
         norm.site_share.fill_(site_share(models, D[-1]) if share is None else share)
-    if not online:  # in one pass, since each layer needs the statistics before it; of all patients
+    if not online:  # up to 64 in one pass: each layer needs the statistics before it; all patients
         chosen = torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()
         measure_site(routed, images[chosen])
-    routed.fitted = True
     routed.keep_start()
 
 
@@ -402,9 +413,10 @@ def divergence(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor
     model, sums = plain_copy(model), {}
 
     def count(norm: nn.Module, inputs: tuple) -> None:
-        x = inputs[0].double().flatten(2)
-        part = torch.stack([torch.ones_like(x), x, x.square()]).mean(dim=3).sum(dim=1)  # (3, C)
-        sums[norm] = sums.get(norm, 0) + part
+        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
+        variance, mean = (v.double() for v in torch.var_mean(x, dim=(0, 2, 3), correction=0))
+        part = len(x) * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
+        sums[norm] = sums.get(norm, 0) + part  # (3, C)
 
     for norm in running_norms(model):
         norm.register_forward_pre_hook(count)
@@ -454,7 +466,7 @@ def pull_back(routed: RoutedNetwork, images: Tensor, probabilities: Tensor) -> N
     """The leash. Every term of the objective is least for an empty mask, and no image says how
     generously its annotator draws: where the area of a class in these probabilities, those before
     the step, is more than `leash` off what the start gives, all that adapts goes half way back."""
-    start = {n: routed.start[n] for n, value in routed.named_parameters() if value.requires_grad}
+    start = {n: routed.start[n].to(v) for n, v in routed.named_parameters() if v.requires_grad}
     logits = torch.func.functional_call(routed, start, (images,))
     at_start = logits.to(probabilities.dtype).softmax(dim=1)
     area, before = (p[:, 1:].mean(dim=(0, 2, 3)) for p in (probabilities, at_start))  # (C-1,)

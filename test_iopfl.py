@@ -435,7 +435,8 @@ class Foreign(nn.Module):
         self.register_module("nothing", None)
         up = nn.ConvTranspose2d(6, 3, 3, stride=2, padding=1, output_padding=1)
         self.branches = nn.ModuleDict({"up": up})
-        self.again, self.act, self.drop = self.norm, nn.GELU(), nn.Dropout(0.5)
+        self.act = nn.Sequential(nn.InstanceNorm2d(6), nn.GELU())  # without parameters
+        self.again, self.drop = self.norm, nn.Dropout(0.5)
 
     def forward(self, x):
         x = self.stem(x)
@@ -1253,7 +1254,7 @@ def test_orientation_comes_from_the_header(tmp_path, codes, tilt):
     stored = stored[tuple(slice(None, None, -1 if code in "IAR" else 1) for code in codes)]
     matrix = affine(codes, [steps[axis] for axis in axes], tilt)
     write_nifti(tmp_path / "v.NII.GZ", np.ascontiguousarray(stored), matrix)
-    values, found = data._read(tmp_path / "v.NII.GZ")
+    values, found = data.read_file(tmp_path / "v.NII.GZ")
     assert np.array_equal(values[..., 0], body)
     assert np.linalg.norm(found[:3, :3], axis=0) == pytest.approx((3.0, 0.6, 0.5), abs=1e-5)
     data.write_volume(tmp_path / "m.nii.gz", body > 0.5, tmp_path / "v.NII.GZ")
@@ -1426,7 +1427,6 @@ def test_run_reports_every_method(toy_run, capsys):
 
 
 def test_rows_are_those_of_the_saved_models(toy_run):
-    """Dice inside, computed again from last.pt."""
     dataset = data.simulate_sites("prostate", 0, 16, 8, 3)
     last = torch.load(toy_run / "seed0-Cedar-iopfl" / "last.pt", weights_only=True)
     rows = json.loads((toy_run / "results.json").read_text())["rows"]
@@ -1450,7 +1450,6 @@ def test_ceilings_alone_print_their_tables(tmp_path, capsys):
 
 
 def test_a_killed_run_goes_on_to_the_same_bits(toy_run, tmp_path):
-    """SIGKILL as soon as the first round is on the disk."""
     out = tmp_path / "killed"
     argv = [*TOY, "--methods", "all", "--out", str(out)]
     process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *argv],
@@ -1484,9 +1483,10 @@ def test_overwrite_removes_only_what_a_run_writes(tmp_path, capsys):
     assert train.main(argv) == 2 and train.main([*argv, "--overwrite", "--seeds", "1"]) == 0
     assert (out / "notes.txt").exists() and (out / "seed0-Cedar-iopfl" / "notes.txt").exists()
     assert not (out / "seed0-Cedar-iopfl" / "last.pt").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "a.txt").write_text("mine")
-    assert train.main([*argv[:-1], str(tmp_path / "other"), "--overwrite"]) == 2
+    for name, status in (("config.json.partial", 0), ("a.txt", 2)):  # killed at the very beginning
+        (tmp_path / name).mkdir()
+        (tmp_path / name / name).write_text("mine")
+        assert train.main([*argv[:-1], str(tmp_path / name), "--overwrite"]) == status
 
 
 @pytest.mark.parametrize("argv, part", [
@@ -1506,7 +1506,6 @@ def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, capsys, argv, part):
 
 
 def test_adapting_a_run_repeats_its_outside_phase(toy_run, tmp_path, capsys):
-    """PNG files are 8-bit, so sites of a folder: the run and --adapt read the same files."""
     root = tmp_path / "sites"
     rng = np.random.default_rng(0)
     for name in ("A", "B", "C"):
@@ -1540,7 +1539,6 @@ def test_adapting_a_run_repeats_its_outside_phase(toy_run, tmp_path, capsys):
 
 
 def test_saved_images_are_adapted_to(toy_run, tmp_path):
-    """The hospital outside as files: its masks, and images whose prediction barely differs."""
     theirs = tmp_path / "theirs"
     argv = ["--images-per-site", "8", "--size", "16", "--sites", "3", "--out", str(tmp_path / "l")]
     assert train.main(["--list", *argv, "--save-images", str(theirs)]) == 0

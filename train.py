@@ -58,7 +58,7 @@ def train(args, out: Path) -> int:
     if not open_run(args, out, dataset, hospitals, inside, outside, [*folders.values()]):
         return 0
     for (seed, hold_out, name), folder in folders.items():
-        if seed != loaded:
+        if seed != loaded and not (folder / "rows.json").exists():
             dataset, loaded = load_dataset(args, seed), seed
         say(f"\nseed {seed}, outside: {hold_out or 'none'}, {name}")
         results.append(federation(args, dataset, seed, hold_out, name, inside[name], outside,
@@ -98,7 +98,8 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
     if hold_out is not None and name == "iopfl":
         states = own | {"global": last.global_state}
         models = {expert: with_state(model, state) for expert, state in states.items()}
-        rows, routed = hospital_outside(dataset, hold_out, models, outside, seed, device, folder)
+        site = next(site for site in dataset.sites if site.name == hold_out)
+        rows, routed = hospital_outside(dataset, site, models, outside, seed, device, folder)
         result = {"rows": result["rows"] + rows, **routed}
     result["rows"] = [{**row, "seed": seed, "hold_out": hold_out} for row in result["rows"]]
     result["seconds"] = {"inside": middle - begin, "outside": time.perf_counter() - middle}
@@ -106,11 +107,10 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
     return result
 
 
-def hospital_outside(dataset, hold_out: str, models: dict[str, nn.Module], methods: dict, seed: int,
-                     device: str, folder: Path) -> tuple[list, dict]:
+def hospital_outside(dataset, site: data.Site, models: dict[str, nn.Module], methods: dict,
+                     seed: int, device: str, folder: Path) -> tuple[list, dict]:
     """What each method makes of the hospital held out, all of whose images are test images."""
-    site, served = next(site for site in dataset.sites if site.name == hold_out), {}
-    split = site.everything.to(device)
+    served, split = {}, site.everything.to(device)
     for name in my_share(methods):
         passes, network = methods[name]([*models.values()], split, seed)
         served[name] = {"rows": score_outside(dataset, site, split, passes, name),
@@ -159,15 +159,15 @@ def plain(models: list[nn.Module], split: data.Split):
 def oracle(models, split, seed):
     """The ceiling: each half of the cases is predicted by the global model trained for ten epochs
     on the labels of the other half."""
-    cases, generator, found = list(dict.fromkeys(split.cases)), seeded(seed), []
+    cases, generator = list(dict.fromkeys(split.cases)), seeded(seed)
     chosen = torch.randperm(len(cases), generator=generator)[:len(cases) // 2].tolist()
-    half = torch.tensor([cases.index(case) in chosen for case in split.cases])
-    halves = [here.nonzero()[:, 0].to(split.images.device) for here in (half, ~half)]
-    for here, other in (halves, halves[::-1]):
+    half = [cases.index(case) in chosen for case in split.cases]
+    half, ((found,), _) = torch.tensor(half, device=split.images.device), plain(models[-1:], split)
+    for here, other in ((half, ~half), (~half, half)):
         model, images = copy.deepcopy(models[-1]), split.images[other]
         iopfl.train_local(model, images, split.masks[other], epochs=10, generator=generator)
-        found += plain([model.eval()], data.Split(split.images[here], None, None))[0]
-    return [torch.cat(found)[torch.cat(halves).argsort()]], None
+        (found[here],), _ = plain([model.eval()], data.Split(split.images[here], None, None))
+    return [found], None
 
 
 GLOBAL, PERSONAL = slice(-1, None), slice(None, -1)
@@ -252,7 +252,10 @@ def chosen_methods(args, hold_out: str | None) -> tuple[dict[str, Method], dict]
     inside = {name: method for name, method in inside.items() if name in names}
     if not inside:
         raise WrongUse(f"--methods {' '.join(args.methods)}: none is for hospitals inside")
-    return inside, {name: run for name, run in outside.items() if name in names and hold_out}
+    outside = {name: run for name, run in outside.items() if name in names}
+    if hold_out is None and outside and args.methods != OPTIONS["methods"][2]:
+        raise WrongUse(f"--methods {' '.join(outside)}: for a hospital outside, and there is none")
+    return inside, outside if hold_out else {}
 
 
 # ---------------------------------------------------------------- what the story needs
@@ -322,7 +325,8 @@ def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list
 # ---------------------------------------------------------------- saving and resuming
 def first() -> bool:
     """Whether this process is the one that reports and writes."""
-    return not (dist.is_available() and dist.is_initialized() and dist.get_rank())
+    several = dist.is_available() and dist.is_torchelastic_launched()
+    return not several or os.environ["RANK"] == "0"
 
 
 def say(text: str) -> None:
@@ -374,8 +378,9 @@ def load(path: Path, kind: type = dict, *keys: str):
     except OSError:
         raise
     except Exception as error:  # of many kinds: the archive, its index or a tensor may be wrong
+        way = "remove the folder" if path.name == "config.json" else "--overwrite begins anew"
         raise ValueError(f"{path}: damaged, or not written by this script "
-                         f"({type(error).__name__}); --overwrite begins anew") from None
+                         f"({type(error).__name__}); {way}") from None
 
 
 def open_run(args, out: Path, dataset, hospitals, inside: dict, outside: dict,
@@ -413,7 +418,8 @@ def open_folder(args, out: Path, config: dict, proof: str) -> bool:
             raise WrongUse(f"--{name} {path} lies inside --out {out}; say another --out")
     file, finished = out / "config.json", (out / proof).exists()
     before = load(file) if file.is_file() else {}
-    used = out.is_file() or out.is_dir() and any(out.iterdir())
+    # A run that was killed at its very beginning has left no more than config.json.partial.
+    used = out.is_file() or out.is_dir() and any(p.suffix != ".partial" for p in out.iterdir())
     if used and before.get("program") != config["program"]:
         raise WrongUse(f"{out} holds other things than a run; say another --out")
     if before and args.resume:
@@ -426,7 +432,7 @@ def open_folder(args, out: Path, config: dict, proof: str) -> bool:
     if before and not args.overwrite:
         way = "--overwrite" if finished or args.adapt else "--resume, --overwrite"
         raise WrongUse(f"{out} holds a run; say {way} or another --out")
-    for path in (out / name for name in [*before.get("files", []), "config.json"]):
+    for path in (out / name for name in before.get("files", [])):
         for old in (path, path.with_name(path.name + ".partial")):
             if old.resolve().is_relative_to(out) and old.is_file():  # the list might be damaged
                 old.unlink()
@@ -519,6 +525,7 @@ def table(rows: list[dict], unit: str) -> str:
             for m in methods:
                 values[m] = np.array([np.mean(by_seed.get((m, seed), np.nan)) for seed in seeds])
             means = [v.mean() for m, v in values.items() if m not in CEILINGS]
+            means = [mean for mean in means if not np.isnan(mean)]
             best = (max if key == "dice" else min)(means, default=None)
             scale, digits = (100, 1) if key == "dice" else (1, 2)
             for m, v in values.items():
@@ -676,7 +683,7 @@ def show(args, out: Path) -> int:
     if args.save_images:  # of the last site, which a training holds out
         folder = Path(args.save_images)
         for number, mask in enumerate(split.masks.numpy()):
-            name = split.cases[number].replace("/", "-") + ".png"
+            name = f"{split.cases[number]}.png"
             planes = split.shown(number).numpy().transpose(1, 2, 0)
             planes = np.interp(planes, (planes.min(), planes.max()), (0, 255)).astype(np.uint8)
             for kind, pixels in (("images", planes.squeeze()), ("masks", mask)):
@@ -691,6 +698,7 @@ def open_trained(path: Path, device: str) -> tuple[dict, list, router.RoutedNetw
     """What is known of a run, and its models; of what --adapt wrote the routed network instead."""
     found = [*path.glob("adapted.json")] or sorted([*path.glob("rows.json"),
                                                     *path.glob("seed*-iopfl/rows.json")])
+    found = [f for f in found if f.name == "adapted.json" or f.parent.name.endswith("-iopfl")]
     if len(found) != 1:
         raise WrongUse(f"{path}: expected one finished federation of iopfl, found {len(found)}"
                        + "".join(f"; --adapt {file.parent}" for file in found[:6]))
@@ -702,22 +710,26 @@ def open_trained(path: Path, device: str) -> tuple[dict, list, router.RoutedNetw
         settings = AUTHORS if known["authors"] else RoutingSettings()
         routed = router.build_routed([model] * len(known["experts"]), settings)
         routed.load_state_dict(load(folder / "adapted.pt"))
+        routed.keep_start()
         return known, [], routed
     last = load(folder / "last.pt", iopfl.Round)
-    known |= {"experts": [*last.own, "global"], "seed": int(folder.name[4:].split("-")[0])}
+    seed = load(folder / "rows.json", dict, "rows")["rows"][0]["seed"]
+    known |= {"experts": [*last.own, "global"], "seed": seed}
     models = [with_state(model, state) for state in (*last.own.values(), last.global_state)]
     return known, models, None
 
 
 def adapt_to_folder(args, out: Path) -> int:
     """Masks, overlays and a report for a folder of unlabelled images; 1 if some were left out."""
-    begin, folder = time.perf_counter(), Path(args.images)
+    begin, folder = time.perf_counter(), Path(args.images).resolve()
     known, models, routed = open_trained(Path(args.adapt).resolve(), args.device)
     if args.online and routed:
         raise WrongUse(f"{args.adapt} was adapted before and is used as it is; leave out --online")
     if args.mask_values and known["kind"] == "volumes":
         raise WrongUse("--mask-values: of volumes, labels above 0 are prostate; leave it out")
-    pairs = data.pairs_of(folder, Path(args.masks) if args.masks else None, strict=False)
+    if args.mask_values and len(args.mask_values) != known["classes"]:
+        raise WrongUse(f"--mask-values: the run knows {known['classes']} classes")
+    pairs = data.pairs_of(folder, args.masks and Path(args.masks).resolve(), strict=False)
     if not pairs:
         raise WrongUse(f"{folder}: no image; PNG, JPEG, TIFF, BMP, GIF and NIfTI are known")
     if args.masks and not any(mask for _, mask in pairs):
@@ -725,7 +737,7 @@ def adapt_to_folder(args, out: Path) -> int:
     names = [(f"overlays/{data.stem(file)}.png", mask_name(file)) for file, _ in pairs]
     files = ["adapted.json", "adapted.pt", "images.csv", "routing.png", *chain(*names)]
     open_folder(args, out, {"adapt": str(Path(args.adapt).resolve()),
-                            "images": str(folder.resolve()), "files": files}, "adapted.json")
+                            "images": str(folder), "files": files}, "adapted.json")
     known["mask_values"] = args.mask_values or known["mask_values"]
 
     inputs = {}
@@ -781,10 +793,7 @@ def agreements(routed: router.RoutedNetwork, images: Tensor, probabilities: Tens
     """For each image overlap and size (N, 2) of the foreground in it and a noisy, turned view."""
     generator, size, found = seeded(0, images.device), routed.settings.batch_size, []
     for batch, p in zip(images.split(size), probabilities.split(size)):
-        views = router.draw_views(batch, generator)
-        noise = torch.randn(batch.shape, generator=generator, device=batch.device)
-        seen = router.predict(routed, router.view(batch + routed.settings.noise * noise, views))
-        p, q = 1 - p[:, 0], 1 - router.view(seen, views, inverse=True)[:, 0]
+        p, q = 1 - p[:, 0], 1 - router.in_another_view(routed, batch, generator)[:, 0]
         found.append(torch.stack([2 * p * q, p * p + q * q], dim=1).sum(dim=(2, 3)))
     return torch.cat(found)
 
@@ -796,7 +805,7 @@ def mask_name(file: Path) -> str:
 def write_masks(file: Path, mask_file: Path | None, found: dict, known: dict, out: Path) -> dict:
     """Mask and overlay of a file at its own size; its line of images.csv, Dice if it has a mask.
     found: "after", perhaps "before", probabilities (n, C, h, w); "views" of `agreements` (n, 2)."""
-    pixels, masks = data.read_pixels(file), {}
+    (pixels, affine), masks = data.read_file(file), {}
     overlap, size = found.pop("views").sum(dim=0).tolist()
     for when, stack in found.items():  # one by one: at their own size all need much memory
         large = [nn.functional.interpolate(p[None], pixels.shape[1:3], mode="bilinear").argmax(1)
@@ -806,7 +815,7 @@ def write_masks(file: Path, mask_file: Path | None, found: dict, known: dict, ou
     row["foreground"] = float((mask > 0).mean())
     try:
         truth = mask_file and data.read_truth(mask_file, known["mask_values"], known["kind"],
-                                              pixels.shape[:3], known["classes"])
+                                              pixels.shape[:3], known["classes"], affine)
         for when in masks if mask_file else ():
             scores = dices(masks[when], truth, known["structures"])
             row |= {f"Dice {structure} {when}": value for structure, value in scores.items()}
@@ -902,7 +911,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 def check(args: argparse.Namespace, given: dict) -> None:
     """WrongUse where an option does nothing, is out of range, or does not go with another."""
     mode = "--adapt" if "adapt" in given else "--list" if "list" in given else "training"
-    idle = {"task", "sites", "images_per_site"} if args.root else {"mask_values", "skip_empty"}
+    idle = {"mask_values", "skip_empty"}
+    if args.root:
+        idle = {"task", "sites", "images_per_site", "save_images"}
     for name, value in given.items():
         (modes, kind, _, _, *allowed), flag = OPTIONS[name], "--" + name.replace("_", "-")
         if mode.strip("-")[0] not in modes.replace("*", "t") or mode != "--adapt" and name in idle:
@@ -923,6 +934,7 @@ def check(args: argparse.Namespace, given: dict) -> None:
             ((args.adapt is None) != (args.images is None), "--adapt and --images go together"),
             (args.adapt and args.mask_values and not args.masks, "--mask-values goes with --masks"),
             (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU"),
+            (args.save_images and Path(args.save_images).exists(), "--save-images: it exists"),
             (args.out == "", "--out must not be empty")):
         if wrong:
             raise WrongUse(message)
@@ -930,14 +942,15 @@ def check(args: argparse.Namespace, given: dict) -> None:
 
 def join_processes(args) -> None:
     """Where torchrun started this script several times: one group, each with its own GPU."""
-    if not dist.is_torchelastic_launched() or int(os.environ["WORLD_SIZE"]) == 1:
+    if not dist.is_available() or not dist.is_torchelastic_launched():
         return
     if args.adapt or args.list:
         raise WrongUse("torchrun shares federations among processes; leave out --adapt and --list")
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     beside = int(os.environ["LOCAL_WORLD_SIZE"])
-    args.threads = args.threads or max(1, (os.cpu_count() or 1) // beside)  # torchrun leaves one
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    args.threads = args.threads or max(1, cores // beside)  # torchrun leaves one
     dist.init_process_group("gloo", timeout=timedelta(days=1))  # one that dies is noticed at once
     if dist.get_rank():
         warnings.simplefilter("ignore")  # the first process reports
@@ -945,7 +958,8 @@ def join_processes(args) -> None:
 
 def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: complain(str(message))
-    sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+    with suppress(AttributeError):  # not every stream can
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         join_processes(args)
@@ -971,7 +985,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if not isinstance(error, (ValueError, OSError, ImportError)):
             error = f"{type(error).__name__}: {error} (IOPFL_TRACEBACK=1 shows where)"
-        if first() or not isinstance(error, WrongUse):
+        if first() or not (isinstance(error, WrongUse) or "closed by peer" in str(error)):
             complain(str(error))
         return 2 if isinstance(error, WrongUse) else 1
 
