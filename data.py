@@ -482,8 +482,6 @@ def _parts(site: Path, name: str, seed: int) -> list[list[tuple[Path, Path]]]:
 def read_file(path: Path, mask: bool = False) -> tuple[np.ndarray, np.ndarray]:
     """Pixels and an affine, mm; whatever a decoder says becomes one ValueError."""
     try:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
-            raise ValueError("not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 Mpixels

@@ -16,7 +16,6 @@ environment variable IOPFL_TRACEBACK=1 shows where an error arose.
 
 import argparse
 import copy
-import csv
 import ctypes
 import json
 import math
@@ -49,20 +48,17 @@ from router import AUTHORS, RoutingSettings
 # ---------------------------------------------------------------- the story
 def train(args, out: Path) -> int:
     """Every federation that was asked for, then the report; what is finished is not done again."""
-    begin, results, loaded = time.perf_counter(), [], args.seeds[0]
-    dataset = load_dataset(args, loaded)
+    begin, results, dataset = time.perf_counter(), [], load_dataset(args, args.seeds[0])
     hospitals = hold_outs(args.hold_out, [site.name for site in dataset.sites])
     inside, outside = chosen_methods(args, hospitals[0])
-    folders = {(seed, hold_out, name): out / f"seed{seed}-{hold_out or 'all-inside'}-{name}"
-               for seed, hold_out, name in product(args.seeds, hospitals, inside)}
-    if not open_run(args, out, dataset, hospitals, inside, outside, [*folders.values()]):
+    if not open_run(args, out, dataset, hospitals, inside, outside):
         return 0
-    for (seed, hold_out, name), folder in folders.items():
-        if seed != loaded and not (folder / "rows.json").exists():
-            dataset, loaded = load_dataset(args, seed), seed
-        say(f"\nseed {seed}, outside: {hold_out or 'none'}, {name}")
-        results.append(federation(args, dataset, seed, hold_out, name, inside[name], outside,
-                                  folder))
+    for seed in args.seeds:
+        dataset = dataset if seed == args.seeds[0] else load_dataset(args, seed)
+        for hold_out, name in product(hospitals, inside):
+            print(f"\nseed {seed}, outside: {hold_out or 'none'}, {name}")
+            results.append(federation(args, dataset, seed, hold_out, name, inside[name], outside,
+                                      out / folder_name(seed, hold_out, name)))
     report(args, out, dataset.unit, results, time.perf_counter() - begin)
     return 0
 
@@ -109,28 +105,36 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
 
 def hospital_outside(dataset, site: data.Site, models: dict[str, nn.Module], methods: dict,
                      seed: int, device: str, folder: Path) -> tuple[list, dict]:
-    """What each method makes of the hospital held out, all of whose images are test images."""
+    """What each method makes of the hospital held out, all of whose images are test images.
+    Returns rows and what routing chose; `folder` gets the adapted model and pictures."""
     served, split = {}, site.everything.to(device)
     for name in my_share(methods):
-        passes, network = methods[name]([*models.values()], split, seed)
-        served[name] = {"rows": score_outside(dataset, site, split, passes, name),
-                        "prediction": passes[-1].argmax(dim=1).cpu()}
+        probabilities, network = methods[name]([*models.values()], split, seed)
+        prediction = probabilities.argmax(dim=1).cpu()
+        rows = score(dataset, site, split, prediction, "outside", name)
+        served[name] = {"rows": rows, "prediction": prediction}
         if name == "routing":
             served[name]["weights"] = mean_routing(network, split.images)
             served[name]["state"] = iopfl.snapshot(network)
-    served = gather(served)
-    rows = sum((served[name]["rows"] for name in methods), [])
-    return rows, save_outside(dataset, site, [*models], served, folder)
+    served, chosen = gather(served), {}
+    if "routing" in served:
+        routed = served["routing"]
+        save(folder / "adapted.pt", routed["state"])
+        draw_heat_map(routed["weights"], [*models], folder / "routing.png")
+        chosen = {"outside": site.name, "experts": [*models], "weights": routed["weights"]}
+        if "global" in served:
+            draw_outside(site.everything, dataset.structures, served["global"]["prediction"],
+                         routed["prediction"], folder / "outside.png")
+    return sum((served[name]["rows"] for name in methods), []), {"routing": chosen}
 
 
 def routing(models: list[nn.Module], split: data.Split, seed: int, *, settings=RoutingSettings(),
             experts=slice(None), fit: dict | None = {}, rule=router.site_share, online=False,
-            curve=0, **changes):
+            **changes):
     """The models as one routed network (M4, M5), adapted to images without labels (M6 to M8).
     settings and changes of them; experts: which models are routed; fit: options of
     `router.fit_to_site`, None: without it, as published; rule: of the share of the site's
-    statistics; curve: number of times to adapt, with probabilities before and after each.
-    Returns a list of probabilities (N, C, H, W), whose last count, and the network."""
+    statistics. Returns probabilities (N, C, H, W) and the network."""
     images, settings = split.images.float(), replace(settings, **changes)
     routed = router.build_routed(models[experts], settings, seeded(seed))
     if fit is not None:
@@ -139,21 +143,18 @@ def routing(models: list[nn.Module], split: data.Split, seed: int, *, settings=R
         fit = {"share": rule(models, router.divergence(models[-1], seen)), **fit}
         router.fit_to_site(routed, models[experts], seen, online=online, **fit)
     generator = seeded(seed, images.device)
-    passes = [router.predict(routed, images)] if curve else []
-    for _ in range(curve or 1):
-        passes.append(router.adapt(routed, images, generator=generator, online=online))
-    return passes, routed
+    return router.adapt(routed, images, generator=generator, online=online), routed
 
 
 # ---------------------------------------------------------------- methods for a hospital outside
 # Each takes the models (the global one last), the hospital's images as a split and a seed; it
-# returns probabilities (N, C, H, W) in a list, whose last count, and the routed network or None.
+# returns probabilities (N, C, H, W), or their sum over models, and the routed network or None.
 @torch.no_grad()
 def plain(models: list[nn.Module], split: data.Split):
     """The sum of what the models say as they were trained."""
     batches = split.images.split(32)
-    return [sum(torch.cat([model(batch.float()).float().softmax(dim=1) for batch in batches])
-                for model in models)], None
+    return sum(torch.cat([model(batch.float()).float().softmax(dim=1) for batch in batches])
+               for model in models), None
 
 
 def oracle(models, split, seed):
@@ -162,12 +163,12 @@ def oracle(models, split, seed):
     cases, generator = list(dict.fromkeys(split.cases)), seeded(seed)
     chosen = torch.randperm(len(cases), generator=generator)[:len(cases) // 2].tolist()
     half = [cases.index(case) in chosen for case in split.cases]
-    half, ((found,), _) = torch.tensor(half, device=split.images.device), plain(models[-1:], split)
+    half, (found, _) = torch.tensor(half, device=split.images.device), plain(models[-1:], split)
     for here, other in ((half, ~half), (~half, half)):
         model, images = copy.deepcopy(models[-1]), split.images[other]
         iopfl.train_local(model, images, split.masks[other], epochs=10, generator=generator)
-        (found[here],), _ = plain([model.eval()], data.Split(split.images[here], None, None))
-    return [found], None
+        found[here], _ = plain([model.eval()], data.Split(split.images[here], None, None))
+    return found, None
 
 
 GLOBAL, PERSONAL = slice(-1, None), slice(None, -1)
@@ -206,9 +207,8 @@ OUTSIDE_ABLATIONS = {
     "global-only": partial(routing, experts=GLOBAL),
     "personal-only": partial(routing, experts=PERSONAL, fit={"global_prior": None}),
     "online": partial(routing, online=True),
-    "no-leash": partial(routing, leash=None),
-    "passes-20": partial(routing, passes=1, curve=20),
-    "passes-20-free": partial(routing, passes=1, curve=20, leash=None),
+    **{f"passes={n}": partial(routing, passes=n) for n in (1, 10, 20)},
+    **{f"passes={n}-no-leash": partial(routing, passes=n, leash=None) for n in (1, 3, 10, 20)},
 }
 INSIDE = {**METHODS, "centralised": Method()}
 INSIDE_ABLATIONS = {f"alpha={a}": replace(METHODS["iopfl"], alpha=a)
@@ -217,6 +217,8 @@ INSIDE_ABLATIONS["global-alpha=0.7"] = Method(alpha=0.7)  # a control: the globa
 CEILINGS = {"centralised", "oracle"}  # know what no method may know
 KNOWN = [*INSIDE, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
 MOST_SHOWN = 12  # hospitals in pictures, tables and lines
+# Whether this process, of those that torchrun started, is the one that reports and writes.
+FIRST = not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["RANK"] == "0"
 # Without autocast's cache, which would hold on to the weights of the first step.
 autocast = partial(torch.autocast, dtype=torch.bfloat16, cache_enabled=False)
 
@@ -239,22 +241,21 @@ def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
 def chosen_methods(args, hold_out: str | None) -> tuple[dict[str, Method], dict]:
     """The methods inside and outside that --methods means; FedAvg comes with IOP-FL's federation,
     which routing cannot do without."""
-    groups = {"all": INSIDE, "ablations": ["iopfl", *INSIDE_ABLATIONS]}
-    inside = INSIDE | INSIDE_ABLATIONS | {"iopfl": replace(METHODS["iopfl"], alpha=args.alpha)}
-    outside = OUTSIDE | OUTSIDE_ABLATIONS
-    if hold_out is not None:
-        groups = {"all": OUTSIDE, "ablations": ["global", "routing", *OUTSIDE_ABLATIONS]}
-    if args.authors:
-        outside["routing"] = OUTSIDE["routing-authors"]
+    groups = {"all": OUTSIDE, "ablations": ["global", "routing", *OUTSIDE_ABLATIONS]}
+    if hold_out is None:
+        groups = {"all": INSIDE, "ablations": ["iopfl", *INSIDE_ABLATIONS]}
     names = {name for chosen in args.methods for name in groups.get(chosen, [chosen])}
     names |= {"iopfl"} if hold_out is not None else set()
     names -= {"fedavg"} if "iopfl" in names else set()
+    inside = INSIDE | INSIDE_ABLATIONS | {"iopfl": replace(METHODS["iopfl"], alpha=args.alpha)}
+    outside = OUTSIDE | OUTSIDE_ABLATIONS
+    if args.authors:
+        outside["routing"] = OUTSIDE["routing-authors"]
     inside = {name: method for name, method in inside.items() if name in names}
-    if not inside:
-        raise WrongUse(f"--methods {' '.join(args.methods)}: none is for hospitals inside")
     outside = {name: run for name, run in outside.items() if name in names}
-    if hold_out is None and outside and args.methods != OPTIONS["methods"][2]:
-        raise WrongUse(f"--methods {' '.join(outside)}: for a hospital outside, and there is none")
+    asked = args.methods != OPTIONS["methods"][2]
+    if hold_out is None and (not inside or outside and asked):
+        raise WrongUse(f"--methods {' '.join(args.methods)}: not all are for hospitals inside")
     return inside, outside if hold_out else {}
 
 
@@ -269,11 +270,15 @@ def load_dataset(args, seed: int) -> data.DataSet:
     return data.simulate_sites(args.task, seed, args.size, args.images_per_site, args.sites)
 
 
-def score(dataset, site, split, prediction, phase: str, method: str, **more) -> list[dict]:
+def folder_name(seed: int, hold_out: str | None, name: str) -> str:
+    return f"seed{seed}-{hold_out or 'all-inside'}-{name}"
+
+
+def score(dataset, site, split, prediction, phase: str, method: str) -> list[dict]:
     """Rows of results.json for a prediction (N, H, W) of a split, one a structure."""
     found = iopfl.evaluate(prediction, split.masks, split.cases, dataset.structures, site.spacing,
-                           distances=phase in ("inside", "outside"))
-    return [{"phase": phase, "method": method, "site": site.name, **row, **more} for row in found]
+                           distances=phase != "validation")
+    return [{"phase": phase, "method": method, "site": site.name, **row} for row in found]
 
 
 def score_inside(dataset, sites, model, own: dict, global_state: dict, method: str) -> list[dict]:
@@ -289,28 +294,6 @@ def score_inside(dataset, sites, model, own: dict, global_state: dict, method: s
     return sum((scored[site.name] for site in sites), [])
 
 
-def score_outside(dataset, site, split, passes: list[Tensor], method: str) -> list[dict]:
-    rows = score(dataset, site, split, passes[-1].argmax(dim=1), "outside", method)
-    for number, probabilities in enumerate(passes if len(passes) > 1 else []):
-        prediction = probabilities.argmax(dim=1)
-        more = {"pass": number, "area": (prediction > 0).float().mean().item()}
-        rows += score(dataset, site, split, prediction, "curve", method, **more)
-    return rows
-
-
-def save_outside(dataset, site, experts: list[str], served: dict, folder: Path) -> dict:
-    """The adapted model and pictures; returns what routing chose."""
-    if "routing" not in served:
-        return {}
-    weights, after = served["routing"]["weights"], served["routing"]["prediction"]
-    save(folder / "adapted.pt", served["routing"]["state"])
-    draw_heat_map(weights, experts, folder / "routing.png")
-    if "global" in served:
-        before = served["global"]["prediction"]
-        draw_outside(site.everything, dataset.structures, before, after, folder / "outside.png")
-    return {"routing": {"outside": site.name, "experts": experts, "weights": weights}}
-
-
 @torch.no_grad()
 def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list[float]]:
     """The routing weights (M,) of each layer, mean over the images (N, C, H, W)."""
@@ -323,21 +306,10 @@ def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list
 
 
 # ---------------------------------------------------------------- saving and resuming
-def first() -> bool:
-    """Whether this process is the one that reports and writes."""
-    several = dist.is_available() and dist.is_torchelastic_launched()
-    return not several or os.environ["RANK"] == "0"
-
-
-def say(text: str) -> None:
-    if first():
-        print(text, flush=True)
-
-
 def say_round(last: iopfl.Round, rounds: int, seconds: float) -> None:
     losses = "  ".join(f"{c} {loss:.3f}" for c, loss in [*last.losses.items()][:MOST_SHOWN])
     left = f"{seconds * (rounds - last.number):4.0f} s left"
-    say(f"round {last.number:3d}/{rounds}  Dice loss  {losses}  {left}")
+    print(f"round {last.number:3d}/{rounds}  Dice loss  {losses}  {left}")
 
 
 def complain(text: str) -> None:
@@ -348,32 +320,26 @@ def complain(text: str) -> None:
 
 def save(path: Path, content: dict) -> None:
     """All of it is on the disk under this name, or, whatever happens, what was there before."""
-    if not first():
+    if not FIRST:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     partial_file = path.with_name(path.name + ".partial")
-    try:
-        with open(partial_file, "wb") as file:
-            if path.suffix == ".pt":
-                torch.save(content, file)
-            else:
-                file.write(json.dumps(content, indent=1).encode())
-            file.flush()
-            os.fsync(file.fileno())
-        partial_file.replace(path)
-    except BaseException:
-        partial_file.unlink(missing_ok=True)
-        raise
+    with open(partial_file, "wb") as file:
+        if path.suffix == ".pt":
+            torch.save(content, file)
+        else:
+            file.write(json.dumps(content, indent=1).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    partial_file.replace(path)
 
 
 def load(path: Path, kind: type = dict, *keys: str):
     """What `save` wrote, with these keys; nothing in the file is executed."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path}: not a file")
     try:
         if path.suffix == ".pt":
             return kind(**torch.load(path, map_location="cpu", weights_only=True))
-        found = kind(**json.loads(path.read_bytes()))
+        found = json.loads(path.read_bytes())
         return {key: found[key] for key in (*keys, *found)}
     except OSError:
         raise
@@ -383,28 +349,24 @@ def load(path: Path, kind: type = dict, *keys: str):
                          f"({type(error).__name__}); {way}") from None
 
 
-def open_run(args, out: Path, dataset, hospitals, inside: dict, outside: dict,
-             folders: list[Path]) -> bool:
-    """config.json: all that decides about the results, as it is now, so that the default written
-    out or another spelling of a path is not another setting. False: the run is finished already."""
-    for count in (len(site.train.images) for site in dataset.sites):
-        if args.size <= 2**args.depth and count // -(-count // args.batch_size) == 1:
-            raise WrongUse("BatchNorm has nothing to measure in a batch of one image whose lowest "
-                           "level is one pixel; use a smaller --depth or another --batch-size")
+def open_run(args, out: Path, dataset, hospitals, inside: dict, outside: dict) -> bool:
+    """Write config.json: all that decides about the results, so that the default written out, or
+    another spelling of a path, is not another setting. False: the run is finished already."""
     config = {name: value for name, value in vars(args).items() if "*" in OPTIONS[name][0]}
     config["root"] = args.root and str(Path(args.root).resolve())
     config |= {name: value for name, value in vars(dataset).items() if name != "sites"}
     config |= {"classes": dataset.classes, "content": dataset.fingerprint(), "hold_out": hospitals,
                "inside": {name: vars(method) for name, method in inside.items()},
                "outside": [*outside], "torch": torch.__version__, "numpy": np.__version__}
+    folders = [folder_name(*key) for key in product(args.seeds, hospitals, inside)]
     files = ("last.pt", "rows.json", "adapted.pt", "routing.png", "outside.png")
-    files = [f"{folder.name}/{file}" for folder, file in product(folders, files)]
-    config["files"] = ["results.json", "hospitals.png", "routing.png", "curves.png", *files]
-    opened = {"new": open_folder(args, out, config, "results.json")} if first() else {}
+    config["files"] = ["results.json", "hospitals.png", "routing.png",
+                       *map("/".join, product(folders, files))]
+    opened = {"new": open_folder(args, out, config, "results.json")} if FIRST else {}
     new = gather(opened)["new"]  # no process goes on before the folder is as it should be
     if new:
         draw_hospitals(dataset.sites[:MOST_SHOWN], out / "hospitals.png")
-        say(f"{len(dataset.sites)} sites, {dataset.kind}; {len(folders)} federations")
+        print(f"{len(dataset.sites)} sites, {dataset.kind}; {len(folders)} federations")
     return new
 
 
@@ -427,16 +389,16 @@ def open_folder(args, out: Path, config: dict, proof: str) -> bool:
             if before.get(name) != config.get(name):
                 raise WrongUse(f"{out} holds a run with another setting, {name} {before.get(name)} "
                                f"instead of {config.get(name)}; say another --out or --overwrite")
-        say(f"{out} is finished" if finished else f"{out} goes on")
+        print(f"{out} is finished" if finished else f"{out} goes on")
         return not finished
     if before and not args.overwrite:
         way = "--overwrite" if finished or args.adapt else "--resume, --overwrite"
         raise WrongUse(f"{out} holds a run; say {way} or another --out")
     for path in (out / name for name in before.get("files", [])):
         for old in (path, path.with_name(path.name + ".partial")):
-            if old.resolve().is_relative_to(out) and old.is_file():  # the list might be damaged
-                old.unlink()
-        if path.parent.is_dir() and path.parent != out and not any(path.parent.iterdir()):
+            if old.resolve().is_relative_to(out):  # the list might be damaged
+                old.unlink(missing_ok=True)
+        with suppress(OSError):  # it holds foreign files, or is gone
             path.parent.rmdir()
     save(file, config)
     return True
@@ -444,17 +406,17 @@ def open_folder(args, out: Path, config: dict, proof: str) -> bool:
 
 # ---------------------------------------------------------------- tables
 def report(args, out: Path, unit: str, results: list[dict], seconds: float) -> None:
-    """Pictures over all federations, the tables, and results.json, written last."""
-    rows, routed = sum((result["rows"] for result in results), []), {}
-    for result in (result for result in results if "routing" in result):
-        found = result["routing"]
-        means = np.mean([*found["weights"].values()], axis=0)  # over the layers
-        label = f"{found['outside']}, seed {result['rows'][0]['seed']}"
-        routed[label] = dict(zip(found["experts"], means.tolist()))
-    models = sorted({*chain(*routed.values())}, key=lambda name: (name == "global", name))
+    """What routing chose, over all federations, as a picture; tables; results.json, the last."""
+    rows, chosen = [], {}
+    for result in results:
+        rows += result["rows"]
+        if found := result.get("routing"):
+            means = np.mean([*found["weights"].values()], axis=0)  # over the layers
+            label = f"{found['outside']}, seed {rows[-1]['seed']}"
+            chosen[label] = dict(zip(found["experts"], means.tolist()))
+    models = sorted({*chain(*chosen.values())}, key=lambda name: (name == "global", name))
     draw_heat_map({label: [means.get(name, np.nan) for name in models]
-                   for label, means in routed.items()}, models, out / "routing.png")
-    draw_heat_map(curves(rows, "dice"), [f"pass {n}" for n in range(21)], out / "curves.png")
+                   for label, means in chosen.items()}, models, out / "routing.png")
     spent = {p: round(sum(r["seconds"][p] for r in results), 1) for p in ("inside", "outside")}
     machine = {"python": sys.version.split()[0], "torch": torch.__version__, "device": args.device,
                "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
@@ -465,13 +427,13 @@ def report(args, out: Path, unit: str, results: list[dict], seconds: float) -> N
         machine["peak_memory_mib"] = round(peak / (1024**2 if sys.platform == "darwin" else 1024))
     save(out / "results.json", {"config": load(out / "config.json"), "machine": machine,
                                 "seconds": spent | {"total": round(seconds, 1)}, "rows": rows})
-    say(f"{tables(rows, unit)}\n\n{seconds:.0f} s, peak memory {machine['peak_memory_mib']} MiB. "
+    print(f"{tables(rows, unit)}\n\n{seconds:.0f} s, peak memory {machine['peak_memory_mib']} MiB. "
         f"Models, pictures and results.json: {out}")
 
 
 def tables(rows: list[dict], unit: str) -> str:
     """The whole report as text."""
-    parts = []
+    parts = [""]
     for phase, title, reference in (("inside", "test images", "iopfl"),
                                     ("outside", "all images of the hospital held out", "routing")):
         chosen = [row for row in rows if row["phase"] == phase]
@@ -482,12 +444,7 @@ def tables(rows: list[dict], unit: str) -> str:
             parts.append(compare(chosen, reference))
     validation = grouped([row for row in rows if row["phase"] == "validation"], "dice", "method")
     means = ", ".join(f"{m} {100 * np.mean(values):.1f}" for (m,), values in validation.items())
-    parts.append(f"Inside, validation images, mean Dice in %: {means}")
-    for key, title in (("dice", "Dice in %"), ("area", "foreground predicted, % of the image")):
-        for method, curve in curves(rows, key).items():
-            line = " ".join(f"{value:.1f}" for value in curve)
-            parts.append(f"{method}, {title} after pass 0, 1, 2 …: {line}")
-    return "\n" + "\n\n".join(parts)
+    return "\n\n".join([*parts, f"Inside, validation images, mean Dice in %: {means}"])[1:]
 
 
 def grouped(rows: list[dict], key: str, *names: str) -> dict[tuple, list[float]]:
@@ -495,14 +452,6 @@ def grouped(rows: list[dict], key: str, *names: str) -> dict[tuple, list[float]]
     result: dict[tuple, list] = {}
     for row in (row for row in rows if row[key] is not None):
         result.setdefault(tuple(row[name] for name in names), []).append(row[key])
-    return result
-
-
-def curves(rows: list[dict], key: str) -> dict[str, list[float]]:
-    """Mean of "dice" or "area" in % after pass 0, 1, 2 …, by method."""
-    result, rows = {}, [row for row in rows if row["phase"] == "curve"]
-    for (method, _), values in grouped(rows, key, "method", "pass").items():
-        result.setdefault(method, []).append(100 * float(np.mean(values)))
     return result
 
 
@@ -521,17 +470,17 @@ def table(rows: list[dict], unit: str) -> str:
         texts = {m: f"{label:10.10} {m + ' (ceiling)' * (m in CEILINGS):22}" for m in methods}
         for key, chosen, _ in columns:
             own = [row for row in rows if row["structure"] in group and row["site"] in chosen]
-            values, by_seed = {}, grouped(own, key, "method", "seed")
-            for m in methods:
-                values[m] = np.array([np.mean(by_seed.get((m, seed), np.nan)) for seed in seeds])
-            means = [v.mean() for m, v in values.items() if m not in CEILINGS]
+            by_seed = grouped(own, key, "method", "seed")
+            values = {m: [np.mean(by_seed.get((m, seed), np.nan)) for seed in seeds]
+                      for m in methods}
+            means = [np.mean(v) for m, v in values.items() if m not in CEILINGS]
             means = [mean for mean in means if not np.isnan(mean)]
             best = (max if key == "dice" else min)(means, default=None)
             scale, digits = (100, 1) if key == "dice" else (1, 2)
             for m, v in values.items():
-                spread = f"±{scale * v.std(ddof=1):.{digits}f}" if len(seeds) > 1 else ""
-                star = "*" if v.mean() == best and m not in CEILINGS else " "
-                texts[m] += f"{scale * v.mean():.{digits}f}{spread}{star}".rjust(width)
+                spread = f"±{scale * np.std(v, ddof=1):.{digits}f}" if len(seeds) > 1 else ""
+                star = "*" if np.mean(v) == best and m not in CEILINGS else " "
+                texts[m] += f"{scale * np.mean(v):.{digits}f}{spread}{star}".rjust(width)
         lines += texts.values()
     valid, masks = (sum(row[key] for row in rows) for key in ("distance_cases", "cases"))
     empty = "; in the others both are empty" * (valid < masks)
@@ -593,7 +542,8 @@ def picture(image, contours: list[tuple] = (), size=(160, 160)) -> Image.Image:
 
 def draw_grid(cells: list[list], labels: list[str], titles: list[str], path: Path) -> None:
     """Rows of pictures with a label at the left of each and titles above the columns."""
-    width, height, left, top = cells[0][0].width + 4, cells[0][0].height + 4, 150, 24
+    width, height = cells[0][0].width + 4, cells[0][0].height + 4
+    left, top = 150 * any(labels), 24 * any(titles)
     size = left + max(map(len, cells)) * width, top + len(cells) * height
     sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
     for column, title in enumerate(titles):
@@ -603,7 +553,7 @@ def draw_grid(cells: list[list], labels: list[str], titles: list[str], path: Pat
         ImageDraw.Draw(sheet).text((6, y + height // 2 - 10), label, "black", font)
         for column, cell in enumerate(pictures):
             sheet.paste(cell, (left + column * width, y))
-    if first():
+    if FIRST:
         path.parent.mkdir(parents=True, exist_ok=True)
         sheet.save(path)
 
@@ -662,12 +612,12 @@ def show(args, out: Path) -> int:
     """What is there: sites, cases, sizes, spacings, shares of the classes, and a gallery."""
     dataset = load_dataset(args, args.seeds[0])
     drawn = ", labels above 0 being prostate" if dataset.kind == "volumes" else ""
-    say(f"{len(dataset.sites)} sites, {dataset.kind}{drawn}; {dataset.channels} channels, "
+    print(f"{len(dataset.sites)} sites, {dataset.kind}{drawn}; {dataset.channels} channels, "
         f"classes 0 to {dataset.classes - 1}")
     element = "resized voxel, mm" if dataset.unit == "mm" else "resized pixel"
     shares = "".join(f"{f'class {c}, %':>12}" for c in range(dataset.classes))
-    say(f"{'':19}{'cases':>19}")
-    say(f"{'site':19}  train   val  test  images  {'size as read':26}{element:26}{shares}")
+    print(f"{'':19}{'cases':>19}")
+    print(f"{'site':19}  train   val  test  images  {'size as read':26}{element:26}{shares}")
     for site in dataset.sites:
         split = site.everything
         train, val, test = (len({*s.cases}) for s in (site.train, site.validation, site.test))
@@ -676,10 +626,10 @@ def show(args, out: Path) -> int:
             least, most = ("×".join(f"{n:.4g}" for n in size) for size in (min(sizes), max(sizes)))
             line += f"{least if least == most else f'{least} … {most}':26}"
         shares = torch.bincount(split.masks.flatten(), minlength=dataset.classes)
-        say(line + "".join(f"{100 * n / split.masks.numel():12.2f}" for n in shares.tolist()))
+        print(line + "".join(f"{100 * n / split.masks.numel():12.2f}" for n in shares.tolist()))
     path = out.with_name(out.name + "-hospitals.png")
     draw_hospitals(dataset.sites, path)
-    say(f"Six images of each, two with their masks: {path}")
+    print(f"Six images of each, two with their masks: {path}")
     if args.save_images:  # of the last site, which a training holds out
         folder = Path(args.save_images)
         for number, mask in enumerate(split.masks.numpy()):
@@ -689,31 +639,30 @@ def show(args, out: Path) -> int:
             for kind, pixels in (("images", planes.squeeze()), ("masks", mask)):
                 (folder / kind).mkdir(parents=True, exist_ok=True)
                 Image.fromarray(pixels).save(folder / kind / name)
-        say(f"Images and masks of {site.name}: {folder}")
+        print(f"Images and masks of {site.name}: {folder}")
     return 0
 
 
 # ---------------------------------------------------------------- unlabelled images (--adapt)
 def open_trained(path: Path, device: str) -> tuple[dict, list, router.RoutedNetwork | None]:
     """What is known of a run, and its models; of what --adapt wrote the routed network instead."""
-    found = [*path.glob("adapted.json")] or sorted([*path.glob("rows.json"),
-                                                    *path.glob("seed*-iopfl/rows.json")])
-    found = [f for f in found if f.name == "adapted.json" or f.parent.name.endswith("-iopfl")]
-    if len(found) != 1:
-        raise WrongUse(f"{path}: expected one finished federation of iopfl, found {len(found)}"
-                       + "".join(f"; --adapt {file.parent}" for file in found[:6]))
-    folder, again = found[0].parent, found[0].name == "adapted.json"
-    known = load(found[0] if again else folder.parent / "config.json")
+    runs = [folder for folder in (path, *sorted(path.glob("seed*")))
+            if folder.name.endswith("-iopfl") and (folder / "rows.json").exists()]
+    again = path / "adapted.json"
+    if not again.exists() and len(runs) != 1:
+        raise WrongUse(f"{path}: expected one finished federation of iopfl, found {len(runs)}"
+                       + "".join(f"; --adapt {folder}" for folder in runs[:6]))
+    known = load(again if again.exists() else runs[0].parent / "config.json")
     model = UNet(known["channels"], known["classes"], known["width"], known["depth"])
     model = model.to(device, memory_format=torch.channels_last)
-    if again:
+    if again.exists():
         settings = AUTHORS if known["authors"] else RoutingSettings()
         routed = router.build_routed([model] * len(known["experts"]), settings)
-        routed.load_state_dict(load(folder / "adapted.pt"))
+        routed.load_state_dict(load(path / "adapted.pt"))
         routed.keep_start()
         return known, [], routed
-    last = load(folder / "last.pt", iopfl.Round)
-    seed = load(folder / "rows.json", dict, "rows")["rows"][0]["seed"]
+    last = load(runs[0] / "last.pt", iopfl.Round)
+    seed = load(runs[0] / "rows.json", dict, "rows")["rows"][0]["seed"]
     known |= {"experts": [*last.own, "global"], "seed": seed}
     models = [with_state(model, state) for state in (*last.own.values(), last.global_state)]
     return known, models, None
@@ -725,66 +674,57 @@ def adapt_to_folder(args, out: Path) -> int:
     known, models, routed = open_trained(Path(args.adapt).resolve(), args.device)
     if args.online and routed:
         raise WrongUse(f"{args.adapt} was adapted before and is used as it is; leave out --online")
-    if args.mask_values and known["kind"] == "volumes":
-        raise WrongUse("--mask-values: of volumes, labels above 0 are prostate; leave it out")
-    if args.mask_values and len(args.mask_values) != known["classes"]:
-        raise WrongUse(f"--mask-values: the run knows {known['classes']} classes")
+    values = args.mask_values
+    if values and (known["kind"] == "volumes" or len(values) != known["classes"]):
+        raise WrongUse(f"--mask-values: one for each of the run's {known['classes']} classes; none "
+                       "for volumes, whose labels above 0 are prostate")
+    known["mask_values"] = values or known["mask_values"]
     pairs = data.pairs_of(folder, args.masks and Path(args.masks).resolve(), strict=False)
     if not pairs:
         raise WrongUse(f"{folder}: no image; PNG, JPEG, TIFF, BMP, GIF and NIfTI are known")
     if args.masks and not any(mask for _, mask in pairs):
         complain(f"--masks {args.masks}: no mask has the name of an image")
-    names = [(f"overlays/{data.stem(file)}.png", mask_name(file)) for file, _ in pairs]
-    files = ["adapted.json", "adapted.pt", "images.csv", "routing.png", *chain(*names)]
+    files = ["adapted.json", "adapted.pt", "routing.png"]
+    files += chain.from_iterable(written(file) for file, _ in pairs)
     open_folder(args, out, {"adapt": str(Path(args.adapt).resolve()),
                             "images": str(folder), "files": files}, "adapted.json")
-    known["mask_values"] = args.mask_values or known["mask_values"]
-
     inputs = {}
-    for file, mask_file in pairs:
+    for pair in pairs:
         try:
-            inputs[file, mask_file] = torch.from_numpy(data.network_input(
-                file, data.read_pixels(file), known["size"], known["channels"], known["kind"]))
+            inputs[pair] = torch.from_numpy(data.network_input(
+                pair[0], data.read_pixels(pair[0]), known["size"], known["channels"],
+                known["kind"]))
         except (ValueError, OSError) as error:
             complain(f"left out: {error}")
     if not inputs:
         raise ValueError(f"{folder}: none of the {len(pairs)} files can be used")
+
     images = torch.cat([*inputs.values()]).to(args.device, memory_format=torch.channels_last)
-    split, found, rows = data.Split(images, None, None), {}, []
     with autocast(args.device, enabled=known["precision"] == "bf16"):
-        if not models:
-            found["after"] = router.predict(routed, images)
+        if routed:
+            probabilities = router.predict(routed, images)
         else:
             settings, fit = (AUTHORS, None) if known["authors"] else (RoutingSettings(), {})
-            (found["after"],), routed = routing(models, split, known["seed"], settings=settings,
-                                                fit=fit, online=args.online)
-        if models and args.masks:
-            (found["before"],), _ = plain(models[-1:], split)
-        found["views"] = agreements(routed, images, found["after"])
-        weights = mean_routing(routed, images)
-    parts = [values.split([len(own) for own in inputs.values()]) for values in found.values()]
-    for (file, mask_file), own in zip(inputs, zip(*parts)):
+            probabilities, routed = routing(models, data.Split(images, None, None), known["seed"],
+                                            settings=settings, fit=fit, online=args.online)
+        overlaps, weights = agreements(routed, images, probabilities), mean_routing(routed, images)
+    rows, sizes = [], [len(own) for own in inputs.values()]
+    for pair, *found in zip(inputs, probabilities.split(sizes), overlaps.split(sizes)):
         try:
-            rows.append(write_masks(file, mask_file, dict(zip(found, own)), known, out))
+            rows.append(write_masks(*pair, *found, known, out))
         except (ValueError, OSError) as error:  # it was there a moment ago
             complain(f"left out: {error}")
 
     draw_heat_map(weights, known["experts"], out / "routing.png")
     chosen = dict(zip(known["experts"], np.mean([*weights.values()], axis=0).tolist()))
     save(out / "adapted.pt", iopfl.snapshot(routed))
-    columns = list(dict.fromkeys(key for row in rows for key in row))  # without a mask no Dice
-    text = {"newline": "", "encoding": "utf-8", "errors": "backslashreplace"}
-    with open(out / "images.csv", "w", **text) as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        writer.writerows(rows)
-    save(out / "adapted.json", known | {"files": len(rows), "chosen": chosen})
+    save(out / "adapted.json", known | {"chosen": chosen, "rows": rows})
     shares = ", ".join(f"{name} {weight:.2f}" for name, weight in chosen.items())
-    say(f"What routing chose, mean over layers and images: {shares}")
-    for key in columns[1:]:
+    print(f"What routing chose, mean over layers and images: {shares}")
+    for key in [*dict.fromkeys(chain(*rows))][1:]:  # without a mask no Dice
         values = [row[key] for row in rows if key in row]
-        say(f"{key}: mean {np.mean(values):.3f}, least {min(values):.3f}, {len(values)} files")
-    say(f"{len(rows)} of {len(pairs)} files in {time.perf_counter() - begin:.0f} s: {out}")
+        print(f"{key}: mean {np.mean(values):.3f}, least {min(values):.3f}, {len(values)} files")
+    print(f"{len(rows)} of {len(pairs)} files in {time.perf_counter() - begin:.0f} s: {out}")
     return int(len(rows) < len(pairs))
 
 
@@ -798,45 +738,46 @@ def agreements(routed: router.RoutedNetwork, images: Tensor, probabilities: Tens
     return torch.cat(found)
 
 
-def mask_name(file: Path) -> str:
-    return f"masks/{data.stem(file)}" + (".nii.gz" if data.is_volume(file) else ".png")
+def written(file: Path) -> tuple[str, str]:
+    """Where --adapt writes the mask and the overlay of an image or a volume."""
+    name, ending = data.stem(file), "nii.gz" if data.is_volume(file) else "png"
+    return f"masks/{name}.{ending}", f"overlays/{name}.png"
 
 
-def write_masks(file: Path, mask_file: Path | None, found: dict, known: dict, out: Path) -> dict:
-    """Mask and overlay of a file at its own size; its line of images.csv, Dice if it has a mask.
-    found: "after", perhaps "before", probabilities (n, C, h, w); "views" of `agreements` (n, 2)."""
-    (pixels, affine), masks = data.read_file(file), {}
-    overlap, size = found.pop("views").sum(dim=0).tolist()
-    for when, stack in found.items():  # one by one: at their own size all need much memory
-        large = [nn.functional.interpolate(p[None], pixels.shape[1:3], mode="bilinear").argmax(1)
-                 for p in stack]
-        masks[when] = torch.cat(large).byte().cpu().numpy()
-    mask, row = masks["after"], {"file": file.name, "confidence": overlap / max(size, 1e-6)}
-    row["foreground"] = float((mask > 0).mean())
+def write_masks(file: Path, mask_file: Path | None, probabilities: Tensor, overlaps: Tensor,
+                known: dict, out: Path) -> dict:
+    """Mask and overlay of a file at its own size; its row of adapted.json, Dice if it has a mask.
+    probabilities (n, C, h, w), n: the slices of a volume or 1; overlaps (n, 2) of `agreements`."""
+    pixels, affine = data.read_file(file)
+    large = [nn.functional.interpolate(p[None], pixels.shape[1:3], mode="bilinear").argmax(dim=1)
+             for p in probabilities]  # one by one: at their own size all need much memory
+    mask = torch.cat(large).byte().cpu().numpy()  # (n, H, W)
+    overlap, size = overlaps.sum(dim=0).tolist()
+    row = {"file": file.name, "confidence": overlap / max(size, 1e-6),
+           "foreground": float((mask > 0).mean())}
     try:
-        truth = mask_file and data.read_truth(mask_file, known["mask_values"], known["kind"],
-                                              pixels.shape[:3], known["classes"], affine)
-        for when in masks if mask_file else ():
-            scores = dices(masks[when], truth, known["structures"])
-            row |= {f"Dice {structure} {when}": value for structure, value in scores.items()}
+        if mask_file:
+            truth = data.read_truth(mask_file, known["mask_values"], known["kind"], mask.shape,
+                                    known["classes"], affine)
+            scores = dices(mask, truth, known["structures"])
+            row |= {f"Dice {structure}": value for structure, value in scores.items()}
     except (ValueError, OSError) as error:
         complain(f"not scored: {error}")
-    filled, scale = np.flatnonzero(mask.any(axis=(1, 2))), min(1, 640 / max(mask.shape[1:]))
-    shown = spread(filled if len(filled) else np.arange(len(mask)), 6)
-    size = tuple(max(1, round(side * scale)) for side in mask.shape[:0:-1])
-    size = (160, 160) if data.is_volume(file) else size
-    cells = [picture(pixels[i].transpose(2, 0, 1), [(mask[i], BLUE)], size) for i in shown]
-    overlay, target = out / "overlays" / f"{data.stem(file)}.png", out / mask_name(file)
-    overlay.parent.mkdir(exist_ok=True)
-    target.parent.mkdir(exist_ok=True)
+    target, overlay = (out / name for name in written(file))
+    for path in (target, overlay):
+        path.parent.mkdir(exist_ok=True)
     if data.is_volume(file):
         data.write_volume(target, mask, file)
-        draw_grid([cells], [overlay.stem[:18]], [f"slice {i}" for i in shown], overlay)
     else:
         image = Image.fromarray(mask[0])
         image.putpalette(palette())
         image.save(target)
-        cells[0].save(overlay)
+    filled, scale = np.flatnonzero(mask.any(axis=(1, 2))), min(1, 480 / max(mask.shape[1:]))
+    shown = spread(filled if len(filled) else np.arange(len(mask)), 6)
+    size = tuple(max(1, round(side * scale)) for side in mask.shape[:0:-1])
+    cells = [picture(pixels[i].transpose(2, 0, 1), [(mask[i], BLUE)], size) for i in shown]
+    titles = [f"slice {i}" for i in shown] if data.is_volume(file) else [""]
+    draw_grid([cells], [""], titles, overlay)
     return row
 
 
@@ -952,14 +893,16 @@ def join_processes(args) -> None:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     args.threads = args.threads or max(1, cores // beside)  # torchrun leaves one
     dist.init_process_group("gloo", timeout=timedelta(days=1))  # one that dies is noticed at once
-    if dist.get_rank():
-        warnings.simplefilter("ignore")  # the first process reports
+    if not FIRST:
+        warnings.simplefilter("ignore")
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: complain(str(message))
     with suppress(AttributeError):  # not every stream can
-        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
+        # Names of files need not be text.
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         args = parse_arguments(sys.argv[1:] if argv is None else argv)
         join_processes(args)
@@ -985,8 +928,7 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if not isinstance(error, (ValueError, OSError, ImportError)):
             error = f"{type(error).__name__}: {error} (IOPFL_TRACEBACK=1 shows where)"
-        if first() or not (isinstance(error, WrongUse) or "closed by peer" in str(error)):
-            complain(str(error))
+        complain(str(error))
         return 2 if isinstance(error, WrongUse) else 1
 
 
