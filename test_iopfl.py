@@ -1494,7 +1494,7 @@ def test_overwrite_removes_only_what_a_run_writes(tmp_path, capsys):
     (["--mask-values", "0", "1"], "would do nothing"), (["--list", "--rounds", "3"], "--rounds"),
     (["--adapt", "."], "go together"), (["--adapt", ".", "--images", ".", "--size", "9"], "--size"),
     (["--adapt", ".", "--images", ".", "--mask-values", "0", "1"], "goes with --masks"),
-    (["--width", "1024", "--depth", "10"], "channels"), (["--round", "3"], "--round"),
+    (["--width", "1024"], "--width 1024"), (["--round", "3"], "--round"),
     (["--hold-out", "none", "--methods", "oracle"], "not all are for hospitals inside")])
 def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, capsys, argv, part):
     assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2

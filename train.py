@@ -810,8 +810,8 @@ OPTIONS = {
     "batch_size": ("*", int, 5, "images a step of training", 1, 10**6),
     "lr": ("*", float, 1e-3, "learning rate of Adam", 1e-12, 1000),
     "alpha": ("*", float, METHODS["iopfl"].alpha, "what a personalised model keeps (M2)", 0, 1),
-    "width": ("*", int, 16, "channels of the U-Net's top level", 1, 1024),
-    "depth": ("*", int, 3, "levels of the U-Net below the top", 1, 10),
+    "width": ("*", int, 16, "channels of the U-Net's top level", 1, 256),
+    "depth": ("*", int, 3, "levels of the U-Net below the top", 1, 6),
     "authors": ("*", bool, False, "as published: 100 rounds, alpha 0.1 (if not given), AUTHORS"),
     "device": ("*la", str, "auto", "where to compute", "auto", "cpu", "cuda"),
     "precision": ("*", str, "fp32", "bf16: convolutions in bfloat16", "fp32", "bf16"),
@@ -866,7 +866,6 @@ def check(args: argparse.Namespace, given: dict) -> None:
     unknown, values = {*args.methods} - {"all", "ablations", *KNOWN}, args.mask_values or [0, 1]
     repeated = len({*args.seeds}) < len(args.seeds)
     for wrong, message in (
-            (args.width * 2**args.depth > 2**13, f"--width, --depth: more than {2**13} channels"),
             (unknown, f"--methods: {', '.join(sorted(unknown))} unknown; --help names them all"),
             (not 0 <= min(args.seeds) <= max(args.seeds) < 2**32 or repeated,
              "--seeds must be different numbers from 0 to 2^32 - 1"),
@@ -875,8 +874,7 @@ def check(args: argparse.Namespace, given: dict) -> None:
             ((args.adapt is None) != (args.images is None), "--adapt and --images go together"),
             (args.adapt and args.mask_values and not args.masks, "--mask-values goes with --masks"),
             (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU"),
-            (args.save_images and Path(args.save_images).exists(), "--save-images: it exists"),
-            (args.out == "", "--out must not be empty")):
+            (args.save_images and Path(args.save_images).exists(), "--save-images: it exists")):
         if wrong:
             raise WrongUse(message)
 
@@ -898,6 +896,14 @@ def join_processes(args) -> None:
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
 
 
+def keep_memory() -> None:
+    """glibc returns large blocks to the system, and each page of the next one is a fault: keeping
+    them saves a tenth of training, and a third of adapting to large images."""
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no blocks apart
+        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is returned
+
+
 def main(argv: list[str] | None = None) -> int:
     warnings.showwarning = lambda message, *_: complain(str(message))
     with suppress(AttributeError):  # not every stream can
@@ -909,11 +915,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads or torch.get_num_threads())
         torch.backends.cudnn.deterministic = True
         args.threads = torch.get_num_threads()
-        # glibc returns large blocks to the system, and each page of the next one is a fault:
-        # keeping them saves a tenth of training, and a third of adapting to large images.
-        if platform.libc_ver()[0] == "glibc":
-            ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no blocks apart
-            ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is returned
+        keep_memory()
         name = "adapted" if args.adapt else Path(args.root or args.task).resolve().name
         out = Path(args.out or f"runs/{name}").resolve()
         if args.adapt:

@@ -1,7 +1,6 @@
 """Times our versions beside obvious ones: medians in milliseconds, measured in turn."""
 
 import argparse
-import ctypes
 import sys
 import time
 from functools import partial
@@ -17,12 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import iopfl  # noqa: E402
 import router  # noqa: E402
 from models import UNet  # noqa: E402
-
-
-def keep_memory() -> None:  # a page that glibc gives back is a fault, and cleared, the next time
-    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "mallopt"):
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no blocks apart
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is returned
+from train import keep_memory  # noqa: E402
 
 
 def line(name: str, *cells) -> None:
@@ -190,12 +184,10 @@ class Benchmark:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    for name, text in (("--quick", "small shapes"), ("--picture", "draw docs/growth.png"),
-                       ("--default-memory", "leave glibc's as it is")):
-        parser.add_argument(name, action="store_true", help=text)
+    parser.add_argument("--quick", action="store_true", help="small shapes")
+    parser.add_argument("--picture", action="store_true", help="draw docs/growth.png")
     args = parser.parse_args()
-    if not args.default_memory:
-        keep_memory()
+    keep_memory()
     for device in ["cpu", "cuda"][:1 + torch.cuda.is_available()]:
         bench = Benchmark(device, args.quick)
         print(device, torch.__version__, torch.get_num_threads(), "threads;", vars(bench))
