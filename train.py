@@ -48,18 +48,17 @@ from router import AUTHORS, RoutingSettings
 # ---------------------------------------------------------------- the story
 def train(args, out: Path) -> int:
     """Every federation that was asked for, then the report; what is finished is not done again."""
-    begin, results, dataset = time.perf_counter(), [], load_dataset(args, args.seeds[0])
+    results, dataset = [], load_dataset(args, args.seeds[0])
     hospitals = hold_outs(args.hold_out, [site.name for site in dataset.sites])
     inside, outside = chosen_methods(args, hospitals[0])
-    if not open_run(args, out, dataset, hospitals, inside, outside):
-        return 0
+    open_run(args, out, dataset, hospitals, inside, outside)
     for seed in args.seeds:
         dataset = dataset if seed == args.seeds[0] else load_dataset(args, seed)
         for hold_out, name in product(hospitals, inside):
             print(f"\nseed {seed}, outside: {hold_out or 'none'}, {name}")
             results.append(federation(args, dataset, seed, hold_out, name, inside[name], outside,
                                       out / folder_name(seed, hold_out, name)))
-    report(args, out, dataset.unit, results, time.perf_counter() - begin)
+    report(args, out, dataset.unit, results)
     return 0
 
 
@@ -349,9 +348,9 @@ def load(path: Path, kind: type = dict, *keys: str):
                          f"({type(error).__name__}); {way}") from None
 
 
-def open_run(args, out: Path, dataset, hospitals, inside: dict, outside: dict) -> bool:
+def open_run(args, out: Path, dataset, hospitals, inside: dict, outside: dict) -> None:
     """Write config.json: all that decides about the results, so that the default written out, or
-    another spelling of a path, is not another setting. False: the run is finished already."""
+    another spelling of a path, is not another setting."""
     config = {name: value for name, value in vars(args).items() if "*" in OPTIONS[name][0]}
     config["root"] = args.root and str(Path(args.root).resolve())
     config |= {name: value for name, value in vars(dataset).items() if name != "sites"}
@@ -362,23 +361,22 @@ def open_run(args, out: Path, dataset, hospitals, inside: dict, outside: dict) -
     files = ("last.pt", "rows.json", "adapted.pt", "routing.png", "outside.png")
     config["files"] = ["results.json", "hospitals.png", "routing.png",
                        *map("/".join, product(folders, files))]
-    opened = {"new": open_folder(args, out, config, "results.json")} if FIRST else {}
-    new = gather(opened)["new"]  # no process goes on before the folder is as it should be
-    if new:
-        draw_hospitals(dataset.sites[:MOST_SHOWN], out / "hospitals.png")
-        print(f"{len(dataset.sites)} sites, {dataset.kind}; {len(folders)} federations")
-    return new
+    if FIRST:
+        open_folder(args, out, config)
+    gather({})  # no process goes on before the folder is as it should be
+    draw_hospitals(dataset.sites[:MOST_SHOWN], out / "hospitals.png")
+    print(f"{len(dataset.sites)} sites, {dataset.kind}; {len(folders)} federations")
 
 
-def open_folder(args, out: Path, config: dict, proof: str) -> bool:
-    """Make `out` a new run of these settings, or one that goes on; False: it is finished already.
-    proof: the file that is written last. config["files"]: what a run writes beside config.json."""
+def open_folder(args, out: Path, config: dict) -> None:
+    """Make `out` a new run of these settings, or one that goes on. config["files"]: what a run
+    writes beside config.json; the first of them is written last."""
     config = json.loads(json.dumps({"program": "IOP-FL train.py", **config}))
     for name in FOLDERS:
         path = getattr(args, name)
         if path and Path(path).resolve().is_relative_to(out):
             raise WrongUse(f"--{name} {path} lies inside --out {out}; say another --out")
-    file, finished = out / "config.json", (out / proof).exists()
+    file, finished = out / "config.json", (out / config["files"][0]).exists()
     before = load(file) if file.is_file() else {}
     # A run that was killed at its very beginning has left no more than config.json.partial.
     used = out.is_file() or out.is_dir() and any(p.suffix != ".partial" for p in out.iterdir())
@@ -389,8 +387,7 @@ def open_folder(args, out: Path, config: dict, proof: str) -> bool:
             if before.get(name) != config.get(name):
                 raise WrongUse(f"{out} holds a run with another setting, {name} {before.get(name)} "
                                f"instead of {config.get(name)}; say another --out or --overwrite")
-        print(f"{out} is finished" if finished else f"{out} goes on")
-        return not finished
+        return
     if before and not args.overwrite:
         way = "--overwrite" if finished or args.adapt else "--resume, --overwrite"
         raise WrongUse(f"{out} holds a run; say {way} or another --out")
@@ -401,11 +398,10 @@ def open_folder(args, out: Path, config: dict, proof: str) -> bool:
         with suppress(OSError):  # it holds foreign files, or is gone
             path.parent.rmdir()
     save(file, config)
-    return True
 
 
 # ---------------------------------------------------------------- tables
-def report(args, out: Path, unit: str, results: list[dict], seconds: float) -> None:
+def report(args, out: Path, unit: str, results: list[dict]) -> None:
     """What routing chose, over all federations, as a picture; tables; results.json, the last."""
     rows, chosen = [], {}
     for result in results:
@@ -417,7 +413,7 @@ def report(args, out: Path, unit: str, results: list[dict], seconds: float) -> N
     models = sorted({*chain(*chosen.values())}, key=lambda name: (name == "global", name))
     draw_heat_map({label: [means.get(name, np.nan) for name in models]
                    for label, means in chosen.items()}, models, out / "routing.png")
-    spent = {p: round(sum(r["seconds"][p] for r in results), 1) for p in ("inside", "outside")}
+    seconds = {p: round(sum(r["seconds"][p] for r in results), 1) for p in ("inside", "outside")}
     machine = {"python": sys.version.split()[0], "torch": torch.__version__, "device": args.device,
                "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
                "threads": torch.get_num_threads(), "peak_memory_mib": None}
@@ -426,9 +422,9 @@ def report(args, out: Path, unit: str, results: list[dict], seconds: float) -> N
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         machine["peak_memory_mib"] = round(peak / (1024**2 if sys.platform == "darwin" else 1024))
     save(out / "results.json", {"config": load(out / "config.json"), "machine": machine,
-                                "seconds": spent | {"total": round(seconds, 1)}, "rows": rows})
-    print(f"{tables(rows, unit)}\n\n{seconds:.0f} s, peak memory {machine['peak_memory_mib']} MiB. "
-        f"Models, pictures and results.json: {out}")
+                                "seconds": seconds, "rows": rows})
+    print(f"{tables(rows, unit)}\n\n{sum(seconds.values()):.0f} s, peak memory "
+          f"{machine['peak_memory_mib']} MiB. Models, pictures and results.json: {out}")
 
 
 def tables(rows: list[dict], unit: str) -> str:
@@ -613,7 +609,7 @@ def show(args, out: Path) -> int:
     dataset = load_dataset(args, args.seeds[0])
     drawn = ", labels above 0 being prostate" if dataset.kind == "volumes" else ""
     print(f"{len(dataset.sites)} sites, {dataset.kind}{drawn}; {dataset.channels} channels, "
-        f"classes 0 to {dataset.classes - 1}")
+          f"classes 0 to {dataset.classes - 1}")
     element = "resized voxel, mm" if dataset.unit == "mm" else "resized pixel"
     shares = "".join(f"{f'class {c}, %':>12}" for c in range(dataset.classes))
     print(f"{'':19}{'cases':>19}")
@@ -686,8 +682,8 @@ def adapt_to_folder(args, out: Path) -> int:
         complain(f"--masks {args.masks}: no mask has the name of an image")
     files = ["adapted.json", "adapted.pt", "routing.png"]
     files += chain.from_iterable(written(file) for file, _ in pairs)
-    open_folder(args, out, {"adapt": str(Path(args.adapt).resolve()),
-                            "images": str(folder), "files": files}, "adapted.json")
+    open_folder(args, out, {"adapt": str(Path(args.adapt).resolve()), "images": str(folder),
+                            "files": files})
     inputs = {}
     for pair in pairs:
         try:
