@@ -82,10 +82,10 @@ class DataSet:
         return f"{crc:08x}"
 
 
-def split_indices(count: int) -> list[np.ndarray]:
-    """0 … count-1 cut into train, validation and test: 60, 15 and 25 per cent, none empty."""
-    test, validation = max(1, round(0.25 * count)), max(1, round(0.15 * count))
-    return np.split(np.arange(count), [count - test - validation, count - test])
+def cut(cases: list) -> list[list]:
+    """Train, validation and test: the first 60, next 15 and last 25 per cent, none empty."""
+    test, validation = max(1, round(0.25 * len(cases))), max(1, round(0.15 * len(cases)))
+    return [cases[:-test - validation], cases[-test - validation:-test], cases[-test:]]
 
 
 def normalise(image: np.ndarray) -> np.ndarray:
@@ -146,7 +146,7 @@ def simulate_sites(task: str, seed: int, size: int = 96, images_per_site: int = 
             image, mask = (_fundus if fundus else _prostate)(hospital, rng, size)
             image, mask = torch.tensor(normalise(image)[None]), torch.tensor(mask[None]).byte()
             cases.append(Split(image, mask, [f"{name}-{number:03d}"]))
-        splits = [joined([cases[i] for i in part]) for part in split_indices(images_per_site)]
+        splits = [joined(part) for part in cut(cases)]
         result.append(Site(name, *splits, {case.cases[0]: (pixel, pixel) for case in cases}, []))
     channels, unit = (3, "px") if fundus else (1, "mm")
     return DataSet(result, channels, STRUCTURES[task], unit, "simulated")
@@ -305,7 +305,7 @@ LISTS = {f"{name}.txt": part for name, part in PARTS.items()}
 PLACE = re.compile(rf"(?:({'|'.join(PARTS)})/)?(?:rois/)?images?", re.I)  # of images in a site
 FUNDUS_VALUES = [255, 128, 0]  # background, rim, cup
 RENAMED = {"ISBI": "RUNMC", "ISBI_1.5": "BMC"}  # older names of two prostate sites
-RESERVED = ("global", "all", "none", "pooled")  # words of the command line and the tables
+RESERVED = ("global", "all", "none")  # words of the command line and the tables
 LAYOUTS = ("known layouts: <site>/{images,masks}/<same stem>.png, also with {train,val,test}.txt; "
            "<site>/{train,val,test}/{images,masks}/; <site>/{train,test}/ROIs/{image,mask}/ for "
            "fundus photographs; <site>/CaseNN.nii.gz with CaseNN_segmentation.nii.gz")
@@ -321,16 +321,13 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     is split by a shuffle of (seed, site). Errors name a file and a way out, warnings what is left
     out."""
     root, found = Path(root), {}
-    beside = [file for file in sorted(root.iterdir()) if not file.is_dir()]
-    _left_out([file for file in beside if file.name[0] != "."], "files beside the sites")
-    for folder in sorted(root.iterdir()):
-        if not folder.is_dir() or folder.name[0] == ".":
-            continue
+    entries = [entry for entry in sorted(root.iterdir()) if entry.name[0] != "."]
+    _left_out([entry for entry in entries if not entry.is_dir()], "files beside the sites")
+    for folder in filter(Path.is_dir, entries):
         name = RENAMED.get(folder.name, folder.name)
         if not name.isprintable() or name.lower() in RESERVED or name in found:
             raise ValueError(f"{root}: {name!r} is reserved, taken or unprintable; rename it")
-        parts = _parts(folder, name, seed)
-        if parts:
+        if parts := _parts(folder, name, seed):
             found[name] = parts
     files = [file for parts in found.values() for file, _ in sum(parts, [])]
     kinds = {(is_volume(file), file.parent.parent.name.lower() == "rois") for file in files}
@@ -446,7 +443,7 @@ def _parts(site: Path, name: str, seed: int) -> list[list[tuple[Path, Path]]]:
     parts = {part: pairs_of(*folders) for part, folders in _places(site).items()}
     lists = [file for file in sorted(site.iterdir()) if file.name.lower() in LISTS]
     if not parts:
-        _left_out([site], "in no known layout (README: folders)")
+        _left_out([site], "in no known layout (README: Your own images)")
         return []
     if lists and list(parts) != ["all"]:
         _left_out(lists, "lists of cases beside folders that are split already")
@@ -464,8 +461,7 @@ def _parts(site: Path, name: str, seed: int) -> list[list[tuple[Path, Path]]]:
     names, rng = ("train", "val", "test"), _generator(seed, "folder", name)
     if list(parts) == ["all"]:
         pairs = [parts["all"][i] for i in rng.permutation(len(parts["all"]))]
-        cut = split_indices(len(pairs))
-        parts = {part: [pairs[i] for i in numbers] for part, numbers in zip(names, cut)}
+        parts = dict(zip(names, cut(pairs)))
     elif "val" not in parts:
         train = parts.get("train", [])
         train = [train[i] for i in rng.permutation(len(train))]
@@ -480,7 +476,9 @@ def _parts(site: Path, name: str, seed: int) -> list[list[tuple[Path, Path]]]:
 
 # ---------------------------------------------------------------- single files
 def read_file(path: Path, mask: bool = False) -> tuple[np.ndarray, np.ndarray]:
-    """Pixels and an affine, mm; whatever a decoder says becomes one ValueError."""
+    """Pixels, float32, and an affine, mm: of a volume (slice, row, column, 1) from feet to head,
+    front to back and the patient's right to left, or of an image (1, H, W, 1 or 3), turned as its
+    EXIF says. Whatever a decoder says becomes one ValueError."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -522,7 +520,7 @@ def _volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_volume(path: Path, mask: np.ndarray, like: Path) -> None:
-    """A mask in `read_pixels`' order into a NIfTI file with the axes and affine of `like`."""
+    """A mask in `read_file`'s order into a NIfTI file with the axes and affine of `like`."""
     import nibabel
     file = nibabel.load(like)  # the header alone
     own, ours = nibabel.io_orientation(file.affine), nibabel.orientations.axcodes2ornt("SPL")
@@ -531,12 +529,6 @@ def write_volume(path: Path, mask: np.ndarray, like: Path) -> None:
     header["cal_min"] = header["cal_max"] = 0  # the grey window of the volume would hide a mask
     mask = nibabel.orientations.apply_orientation(mask.astype(np.uint8), to_own)
     nibabel.save(type(file)(mask, file.affine, header), path)
-
-
-def read_pixels(path: Path) -> np.ndarray:
-    """float32: a volume, (slice, row, column, 1) from feet to head, front to back and the patient's
-    right to left, or an image, (1, H, W, 1 or 3), turned as its EXIF says."""
-    return read_file(path)[0]
 
 
 def read_truth(path: Path, mask_values: list[int] | None, kind: str, shape: tuple[int, ...],
@@ -549,11 +541,11 @@ def read_truth(path: Path, mask_values: list[int] | None, kind: str, shape: tupl
         raise ValueError(f"mask {path}: one channel of whole numbers from 0 to 65535 is expected")
     mask = mask[..., 0].astype(np.int32)
     if mask_values and not is_volume(path):
-        apart = np.abs(np.arange(mask.max() + 1)[:, None] - np.array(mask_values))
-        unknown = mask[apart.min(axis=1)[mask] > 0]
+        distance = np.abs(np.arange(mask.max() + 1)[:, None] - np.array(mask_values))
+        unknown = mask[distance.min(axis=1)[mask] > 0]
         if kind != "fundus" and len(unknown):
             raise ValueError(f"mask {path}: {unknown[0]} is not among --mask-values {mask_values}")
-        mask = apart.argmin(axis=1)[mask].astype(np.int32)
+        mask = distance.argmin(axis=1)[mask].astype(np.int32)
     far = affine is not None and bool((np.abs(affine - own) @ (*shape, 1))[:3].max()
                                       > np.linalg.norm(affine[:3, :3], axis=0).max())
     if mask.shape != shape or mask.max() >= classes or far:

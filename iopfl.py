@@ -1,7 +1,6 @@
 """Inside the federation: training, aggregation, personalised models, evaluation (M1, M2, M3, M9).
 
-Imports torch and numpy only. The numbers M1 … M9 are those of README.md.
-"""
+Imports torch and numpy only. The numbers M1 … M9 are those of README.md."""
 
 import copy
 import zlib
@@ -39,7 +38,8 @@ def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int 
     Published code: Adam with amsgrad, new each round, no weight decay, no augmentation."""
     model.train()
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
-    dtype, anchor = next(model.parameters()).dtype, anchor or (snapshot(model) if proximal else {})
+    dtype = next(model.parameters()).dtype
+    anchor = (anchor or snapshot(model)) if proximal else {}
     pulled_to = [anchor[name].to(w.device) for name, w in model.named_parameters() if proximal]
     for _ in range(epochs):
         losses = []

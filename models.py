@@ -23,20 +23,21 @@ class UNet(nn.Module):
     in_channels: channels of an image (1 for MRI, 3 for RGB); num_classes: with the background.
     width: channels of the top level; depth: number of 2×2 max-pools, at least 1.
     generator: draws the initial weights; None takes torch's global one.
-    Raises ValueError for sizes below one. Source: ours; the published code uses a U-Net of this kind.
+    Raises ValueError for sizes below one. Source: ours; the published code has a U-Net alike.
     """
 
     def __init__(self, in_channels: int, num_classes: int, width: int = 32, depth: int = 4,
                  generator: torch.Generator | None = None):
         super().__init__()
-        sizes = {"in_channels": in_channels, "num_classes": num_classes, "width": width, "depth": depth}
-        for name, value in sizes.items():
-            if value < 1:
-                raise ValueError(f"UNet: {name} must be at least 1, not {value}")
+        if min(in_channels, num_classes, width, depth) < 1:
+            raise ValueError("UNet: in_channels, num_classes, width, depth must be at least 1, not "
+                             f"{in_channels}, {num_classes}, {width}, {depth}")
         self.in_channels, self.depth = in_channels, depth
         channels = [width * 2**level for level in range(depth + 1)]
-        self.encoder = nn.ModuleList(conv_block(i, o) for i, o in zip([in_channels, *channels], channels))
-        self.upsample = nn.ModuleList(nn.ConvTranspose2d(2 * c, c, 2, stride=2) for c in channels[:-1])
+        self.encoder = nn.ModuleList(
+            conv_block(i, o) for i, o in zip([in_channels, *channels], channels))
+        self.upsample = nn.ModuleList(
+            nn.ConvTranspose2d(2 * c, c, 2, stride=2) for c in channels[:-1])
         self.decoder = nn.ModuleList(conv_block(2 * c, c) for c in channels[:-1])
         self.head = nn.Conv2d(width, num_classes, 1)
         for module in self.modules():
@@ -51,7 +52,8 @@ class UNet(nn.Module):
         Raises ValueError for another rank or number of channels.
         """
         if x.ndim != 4 or x.shape[1] != self.in_channels:
-            raise ValueError(f"UNet: expected images (N, {self.in_channels}, H, W), got {tuple(x.shape)}")
+            raise ValueError(f"UNet: expected images (N, {self.in_channels}, H, W), "
+                             f"got {tuple(x.shape)}")
         height, width = x.shape[2:]
         step = 2**self.depth
         # Edge pixels repeated, not zeros: a black frame would enter BatchNorm's batch statistics.

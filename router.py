@@ -238,12 +238,6 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
 
 
 # ---------------------------------------------------------------- the objective (M6 to M8)
-def draw_views(images: Tensor, generator: torch.Generator) -> Tensor:
-    """A view of each image as a number (N,): 0 … 7, or 0 … 3 where images are not square."""
-    count = 8 if images.shape[-1] == images.shape[-2] else 4
-    return torch.randint(count, (len(images),), generator=generator, device=images.device)
-
-
 def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
     """T of M6, or T⁻¹: by the bits of its number each image (N, C, H, W) is transposed (4), flipped
     up-down (2) and left-right (1): together the eight flips and 90° rotations."""
@@ -257,7 +251,8 @@ def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
 
 def in_another_view(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> Tensor:
     """T⁻¹[p(T(x + ε))] (N, C, H, W) of images (N, C_in, H, W), T and ε drawn (M6)."""
-    views = draw_views(images, generator)
+    count = 8 if images.shape[-1] == images.shape[-2] else 4  # only squares can be transposed
+    views = torch.randint(count, (len(images),), generator=generator, device=images.device)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
     seen = routed.probabilities(view(images + routed.settings.noise * noise, views))
     return view(seen, views, inverse=True)
@@ -310,17 +305,19 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator,
     online: one step on each batch as it comes, which is then predicted; call again to go on.
     Raises ValueError, before anything changes, where there is no image or one is not finite."""
     check_images(images)
-    predictions, size = [], routed.settings.batch_size
-    for batch in images.split(size) if online else ():
+    size, predictions = routed.settings.batch_size, []
+    if not online:
+        for _ in range(routed.settings.passes):
+            order = torch.randperm(len(images), generator=generator, device=images.device)
+            for numbers in order.split(size):
+                step(routed, images[numbers], generator)
+        return predict(routed, images)
+    for batch in images.split(size):
         if any(norm.site_share > 0 for norm in routed.parts(RoutedBatchNorm2d)):
             measure_site(routed, batch)  # part 2
         step(routed, batch, generator)
         predictions.append(predict(routed, batch))
-    for _ in range(0 if online else routed.settings.passes):
-        order = torch.randperm(len(images), generator=generator, device=images.device)
-        for numbers in order.split(size):
-            step(routed, images[numbers], generator)
-    return torch.cat(predictions) if online else predict(routed, images)
+    return torch.cat(predictions)
 
 
 def check_images(images: Tensor) -> None:
@@ -365,6 +362,8 @@ def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, 
     None: that of all. share: of the site's statistics, by default `site_share`.
     Raises ValueError where a model, routed alone, does not give what it gives itself."""
     check_images(images)
+    if start not in ("matched", "uniform", "random"):
+        raise ValueError(f"fit_to_site: start '{start}' is not matched, uniform or random")
     probe = build_routed(models, generator=torch.Generator())
     for number, model in enumerate(models):
         route_alike(probe, torch.eye(len(models))[number])
@@ -382,10 +381,11 @@ def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, 
         weights = weights * torch.exp((D.min() - D) / D.std(correction=0).clamp_min(0.05))
     if start != "random":
         route_alike(routed, (weights / weights.sum()).clamp(1e-6, 1 - 1e-6))
+    share = site_share(models, D[-1]) if share is None else share
     for norm in routed.parts(RoutedBatchNorm2d):
         for value in (norm.site_mean, norm.site_variance, norm.site_images):
             value.zero_()
-        norm.site_share.fill_(site_share(models, D[-1]) if share is None else share)
+        norm.site_share.fill_(share)
     if not online:  # up to 64 in one pass: each layer needs the statistics before it; all patients
         chosen = torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()
         measure_site(routed, images[chosen])

@@ -108,7 +108,7 @@ def test_unet():
     for shape in (2, 3, 8, 8), (1, 8, 8):
         with pytest.raises(ValueError, match="images .N, 1, H, W., got .*8, 8.$"):
             tiny()(torch.zeros(shape))
-    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
+    with pytest.raises(ValueError, match="depth must be at least 1, not 1, 2, 4, 0"):
         UNet(1, 2, 4, 0)
     start = tiny().state_dict()  # from the generator alone
     torch.manual_seed(2)
@@ -499,15 +499,13 @@ def test_views_and_objective_by_hand():
         seen.add(tuple(turned.flatten().tolist()))
     assert seen == {tuple(torch.rot90(y, k, (2, 3)).flatten().tolist())
                     for y in (x, x.flip(3)) for k in range(4)} and len(seen) == 8
-    assert router.draw_views(torch.zeros(99, 1, 4, 4), seeded()).unique().tolist() == [*range(8)]
-    assert router.draw_views(torch.zeros(99, 1, 2, 5), seeded()).unique().tolist() == [*range(4)]
     models = [nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
               for _ in range(3)]
     models = [randomise(model, k).double() for k, model in enumerate(models)]
     routed = build(models, entropy=0.3, consistency=0.7, shape=0.2, radius=0.1, noise=0.4)
     x, shape, d = torch.randn(9, 1, 24, 40, generator=seeded()).double(), [], 2
     generator = seeded(5)
-    views = router.draw_views(x, generator)
+    views = torch.randint(4, (len(x),), generator=generator)  # no square: not transposed
     noisy = x + 0.4 * torch.randn(x.shape, generator=generator)
     p, q = routed(x).softmax(dim=1), routed(router.view(noisy, views)).softmax(dim=1)
     back, foreground = router.view(q, views, inverse=True), 1 - p[:, 0].detach().numpy()
@@ -608,7 +606,6 @@ def test_the_published_method_runs_no_line_of_ours(monkeypatch):
     assert {"fit_to_site", "measure_site", "pull_back", "site_share", "divergence"} <= {*ours}
     for name in ours:
         monkeypatch.setattr(router, name, None)
-    monkeypatch.setattr(router.RoutedBatchNorm2d, "measure", None, raising=False)
     for online in (False, True):
         router.adapt(build(**AUTHORS), images(6), generator=seeded(), online=online)
     with pytest.raises(TypeError):  # ours, with the leash, does
@@ -754,6 +751,8 @@ def test_fit_to_site_refuses_what_only_a_pass_can_show():
             model.hidden, model.scale = [randomise(copy.deepcopy(hidden), k)], scales[k]
         with pytest.raises(ValueError, match="model 0 .* when it is routed"):
             router.fit_to_site(router.build_routed(models), models, images().float())
+    with pytest.raises(ValueError, match="'Matched' is not matched"):
+        router.fit_to_site(build(), experts(), images(2), start="Matched")
 
 
 def test_one_output_channel_overflow_and_autocast():
@@ -990,7 +989,7 @@ BAD_FOLDERS = {  # what is spoilt in two sound sites, the mask values, parts of 
     "two names": (lambda r: shutil.copytree(r / "a/images", r / "a/image"), None,
                   ["/a", "keep one"]),
     **{name: (lambda r, name=name: (r / "a").rename(r / name), None, [repr(name), "rename it"])
-       for name in ("global", "all", "none", "pooled")},
+       for name in ("global", "all", "none")},
 }
 
 
@@ -1126,7 +1125,7 @@ def test_kinds_of_image_files(tmp_path):
             ("p.png", np.asarray(palette.convert("RGB")), 0), ("alpha.png", pixels, 0),
             ("cmyk.jpg", np.asarray(smooth), 8), ("turned.png", np.rot90(pixels, -1), 0),
             ("deep.png", deep[:, :, None], 0), ("la.png", np.full((6, 4, 1), 100), 0)):
-        found = data.read_pixels(tmp_path / name)[0]
+        found = data.read_file(tmp_path / name)[0][0]
         assert found.shape == wanted.shape and np.abs(found - wanted).mean() <= slack
     indices = np.random.default_rng(1).integers(0, 3, (20, 24), dtype=np.uint8)
     coloured = Image.fromarray(indices)
@@ -1140,7 +1139,7 @@ def test_kinds_of_image_files(tmp_path):
     pages = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (1, 2)]
     pages[0].save(tmp_path / "pages.tif", save_all=True, append_images=pages[1:])
     with pytest.raises(ValueError, match="pages.tif: not a readable image .2 pages"):
-        data.read_pixels(tmp_path / "pages.tif")
+        data.read_file(tmp_path / "pages.tif")
 
 
 def test_single_files(tmp_path):
@@ -1495,7 +1494,8 @@ def test_overwrite_removes_only_what_a_run_writes(tmp_path, capsys):
     (["--adapt", "."], "go together"), (["--adapt", ".", "--images", ".", "--size", "9"], "--size"),
     (["--adapt", ".", "--images", ".", "--mask-values", "0", "1"], "goes with --masks"),
     (["--width", "1024"], "--width 1024"), (["--round", "3"], "--round"),
-    (["--hold-out", "none", "--methods", "oracle"], "not all are for hospitals inside")])
+    (["--hold-out", "none", "--methods", "oracle"], "not all are for hospitals inside"),
+    (["--resume", "--overwrite"], "not both"), (["--sites", "1"], "--hold-out Alder")])
 def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, capsys, argv, part):
     assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
     err = capsys.readouterr().err
@@ -1551,7 +1551,7 @@ def test_saved_images_are_adapted_to(toy_run, tmp_path):
 
 
 def test_palette_has_256_colours_and_sign_test_by_hand():
-    colours = np.array(train.palette()).reshape(256, 3)
+    colours = np.array(train.PALETTE).reshape(256, 3)
     assert len(np.unique(colours, axis=0)) == 256 and colours.min() >= 0 and colours.max() < 256
     assert train.sign_test(5, 0) == pytest.approx(2 / 32) and train.sign_test(2, 2) == 1
     assert train.sign_test(0, 0) == 1

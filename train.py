@@ -67,7 +67,7 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
     """One federation of all hospitals but one (M1, M2), then the one outside (M4 to M8).
     Returns rows of results.json and what routing chose; `folder` holds them and the models."""
     if (folder / "rows.json").exists():
-        return load(folder / "rows.json", dict, "rows", "seconds")
+        return load(folder / "rows.json", dict, "rows", "routing", "seconds")
     begin = tick = time.perf_counter()
     file, device = folder / "last.pt", args.device
     inside = [site for site in dataset.sites if site.name != hold_out]
@@ -83,21 +83,22 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
                                epochs=args.local_epochs, batch_size=args.batch_size,
                                participation=args.participation, after=last):
         save(file, vars(last))
-        say_round(last, args.rounds, time.perf_counter() - tick)
-        tick = time.perf_counter()
-    own = {site.name: last.own[site.name] for site in inside if site.name in last.own}
-    result = {"rows": score_inside(dataset, inside, model, own, last.global_state, name)}
+        left, tick = (time.perf_counter() - tick) * (args.rounds - last.number), time.perf_counter()
+        losses = "  ".join(f"{c} {loss:.3f}" for c, loss in [*last.losses.items()][:MOST_SHOWN])
+        print(f"round {last.number:3d}/{args.rounds}  Dice loss  {losses}  {left:4.0f} s left")
+    rows, chosen = score_inside(dataset, inside, model, last.own, last.global_state, name), {}
     middle = time.perf_counter()
 
     # Outside. The personalised models and, last, the global one, all frozen, are what is routed.
     if hold_out is not None and name == "iopfl":
-        states = own | {"global": last.global_state}
+        states = last.own | {"global": last.global_state}
         models = {expert: with_state(model, state) for expert, state in states.items()}
         site = next(site for site in dataset.sites if site.name == hold_out)
-        rows, routed = hospital_outside(dataset, site, models, outside, seed, device, folder)
-        result = {"rows": result["rows"] + rows, **routed}
-    result["rows"] = [{**row, "seed": seed, "hold_out": hold_out} for row in result["rows"]]
-    result["seconds"] = {"inside": middle - begin, "outside": time.perf_counter() - middle}
+        more, chosen = hospital_outside(dataset, site, models, outside, seed, device, folder)
+        rows += more
+    result = {"rows": [{**row, "seed": seed, "hold_out": hold_out} for row in rows],
+              "routing": chosen,
+              "seconds": {"inside": middle - begin, "outside": time.perf_counter() - middle}}
     save(folder / "rows.json", result)
     return result
 
@@ -124,7 +125,7 @@ def hospital_outside(dataset, site: data.Site, models: dict[str, nn.Module], met
         if "global" in served:
             draw_outside(site.everything, dataset.structures, served["global"]["prediction"],
                          routed["prediction"], folder / "outside.png")
-    return sum((served[name]["rows"] for name in methods), []), {"routing": chosen}
+    return sum((served[name]["rows"] for name in methods), []), chosen
 
 
 def routing(models: list[nn.Module], split: data.Split, seed: int, *, settings=RoutingSettings(),
@@ -211,13 +212,13 @@ OUTSIDE_ABLATIONS = {
 }
 INSIDE = {**METHODS, "centralised": Method()}
 INSIDE_ABLATIONS = {f"alpha={a}": replace(METHODS["iopfl"], alpha=a)
-                    for a in (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)}
+                    for a in (0.0, 0.1, 0.3, 0.5, 0.9)}
 INSIDE_ABLATIONS["global-alpha=0.7"] = Method(alpha=0.7)  # a control: the global model accumulated
 CEILINGS = {"centralised", "oracle"}  # know what no method may know
 KNOWN = [*INSIDE, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
 MOST_SHOWN = 12  # hospitals in pictures, tables and lines
-# Whether this process, of those that torchrun started, is the one that reports and writes.
-FIRST = not (dist.is_available() and dist.is_torchelastic_launched()) or os.environ["RANK"] == "0"
+TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
+FIRST = not TORCHRUN or os.environ["RANK"] == "0"  # of several processes, the one that writes
 # Without autocast's cache, which would hold on to the weights of the first step.
 autocast = partial(torch.autocast, dtype=torch.bfloat16, cache_enabled=False)
 
@@ -230,10 +231,10 @@ def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
     """The hospitals to hold out in turn; None stands for a federation of all."""
     if choice == "none":
         return [None]
-    chosen = names if choice == "all" else [names[-1] if choice is None else choice]
+    chosen = names if choice == "all" else [choice or names[-1]]
     if chosen[0] not in names or len(names) < 2:
-        raise WrongUse(f"--hold-out {choice}: there are {', '.join(names)}; at least two are "
-                       f"needed, one of them, or all, to hold out; with none all are inside")
+        raise WrongUse(f"--hold-out {choice or chosen[0]}: there are {', '.join(names)}; at least "
+                       "two are needed, one of them, or all, to hold out; with none all are inside")
     return chosen
 
 
@@ -305,12 +306,6 @@ def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list
 
 
 # ---------------------------------------------------------------- saving and resuming
-def say_round(last: iopfl.Round, rounds: int, seconds: float) -> None:
-    losses = "  ".join(f"{c} {loss:.3f}" for c, loss in [*last.losses.items()][:MOST_SHOWN])
-    left = f"{seconds * (rounds - last.number):4.0f} s left"
-    print(f"round {last.number:3d}/{rounds}  Dice loss  {losses}  {left}")
-
-
 def complain(text: str) -> None:
     """One line on stderr, whatever the text holds."""
     line = "".join(c if c.isprintable() else " " for c in text)
@@ -406,7 +401,7 @@ def report(args, out: Path, unit: str, results: list[dict]) -> None:
     rows, chosen = [], {}
     for result in results:
         rows += result["rows"]
-        if found := result.get("routing"):
+        if found := result["routing"]:
             means = np.mean([*found["weights"].values()], axis=0)  # over the layers
             label = f"{found['outside']}, seed {rows[-1]['seed']}"
             chosen[label] = dict(zip(found["experts"], means.tolist()))
@@ -429,7 +424,7 @@ def report(args, out: Path, unit: str, results: list[dict]) -> None:
 
 def tables(rows: list[dict], unit: str) -> str:
     """The whole report as text."""
-    parts = [""]
+    parts = []
     for phase, title, reference in (("inside", "test images", "iopfl"),
                                     ("outside", "all images of the hospital held out", "routing")):
         chosen = [row for row in rows if row["phase"] == phase]
@@ -440,7 +435,8 @@ def tables(rows: list[dict], unit: str) -> str:
             parts.append(compare(chosen, reference))
     validation = grouped([row for row in rows if row["phase"] == "validation"], "dice", "method")
     means = ", ".join(f"{m} {100 * np.mean(values):.1f}" for (m,), values in validation.items())
-    return "\n\n".join([*parts, f"Inside, validation images, mean Dice in %: {means}"])[1:]
+    parts.append(f"Inside, validation images, mean Dice in %: {means}")
+    return "\n" + "\n\n".join(parts)
 
 
 def grouped(rows: list[dict], key: str, *names: str) -> dict[tuple, list[float]]:
@@ -506,11 +502,8 @@ def sign_test(wins: int, losses: int) -> float:
 
 # ---------------------------------------------------------------- pictures
 GREEN, ORANGE, BLUE = (60, 220, 60), (255, 150, 0), (60, 150, 255)
-
-
-def palette() -> list[int]:
-    """Colours of 256 classes, all different, black first: red, green, blue of each in turn."""
-    return (np.outer(np.arange(256), (37, 101, 173)) % 256).flatten().tolist()
+# Red, green, blue of 256 classes in turn: all different, the background black.
+PALETTE = (np.outer(np.arange(256), (37, 101, 173)) % 256).flatten().tolist()
 
 
 def spread(values: np.ndarray, count: int) -> np.ndarray:
@@ -625,7 +618,7 @@ def show(args, out: Path) -> int:
         print(line + "".join(f"{100 * n / split.masks.numel():12.2f}" for n in shares.tolist()))
     path = out.with_name(out.name + "-hospitals.png")
     draw_hospitals(dataset.sites, path)
-    print(f"Six images of each, two with their masks: {path}")
+    print(f"Images of each, the last two with their masks: {path}")
     if args.save_images:  # of the last site, which a training holds out
         folder = Path(args.save_images)
         for number, mask in enumerate(split.masks.numpy()):
@@ -644,14 +637,16 @@ def open_trained(path: Path, device: str) -> tuple[dict, list, router.RoutedNetw
     """What is known of a run, and its models; of what --adapt wrote the routed network instead."""
     runs = [folder for folder in (path, *sorted(path.glob("seed*")))
             if folder.name.endswith("-iopfl") and (folder / "rows.json").exists()]
-    again = path / "adapted.json"
-    if not again.exists() and len(runs) != 1:
+    again = (path / "adapted.json").exists()
+    if not again and len(runs) != 1:
         raise WrongUse(f"{path}: expected one finished federation of iopfl, found {len(runs)}"
                        + "".join(f"; --adapt {folder}" for folder in runs[:6]))
-    known = load(again if again.exists() else runs[0].parent / "config.json")
+    keys = ("channels", "classes", "width", "depth", "size", "kind", "structures", "mask_values",
+            "precision", "authors", *["experts"] * again)
+    known = load(path / "adapted.json" if again else runs[0].parent / "config.json", dict, *keys)
     model = UNet(known["channels"], known["classes"], known["width"], known["depth"])
     model = model.to(device, memory_format=torch.channels_last)
-    if again.exists():
+    if again:
         settings = AUTHORS if known["authors"] else RoutingSettings()
         routed = router.build_routed([model] * len(known["experts"]), settings)
         routed.load_state_dict(load(path / "adapted.pt"))
@@ -688,7 +683,7 @@ def adapt_to_folder(args, out: Path) -> int:
     for pair in pairs:
         try:
             inputs[pair] = torch.from_numpy(data.network_input(
-                pair[0], data.read_pixels(pair[0]), known["size"], known["channels"],
+                pair[0], data.read_file(pair[0])[0], known["size"], known["channels"],
                 known["kind"]))
         except (ValueError, OSError) as error:
             complain(f"left out: {error}")
@@ -700,9 +695,9 @@ def adapt_to_folder(args, out: Path) -> int:
         if routed:
             probabilities = router.predict(routed, images)
         else:
-            settings, fit = (AUTHORS, None) if known["authors"] else (RoutingSettings(), {})
-            probabilities, routed = routing(models, data.Split(images, None, None), known["seed"],
-                                            settings=settings, fit=fit, online=args.online)
+            method = OUTSIDE["routing-authors" if known["authors"] else "routing"]
+            probabilities, routed = method(models, data.Split(images, None, None), known["seed"],
+                                           online=args.online)
         overlaps, weights = agreements(routed, images, probabilities), mean_routing(routed, images)
     rows, sizes = [], [len(own) for own in inputs.values()]
     for pair, *found in zip(inputs, probabilities.split(sizes), overlaps.split(sizes)):
@@ -766,7 +761,7 @@ def write_masks(file: Path, mask_file: Path | None, probabilities: Tensor, overl
         data.write_volume(target, mask, file)
     else:
         image = Image.fromarray(mask[0])
-        image.putpalette(palette())
+        image.putpalette(PALETTE)
         image.save(target)
     filled, scale = np.flatnonzero(mask.any(axis=(1, 2))), min(1, 480 / max(mask.shape[1:]))
     shown = spread(filled if len(filled) else np.arange(len(mask)), 6)
@@ -867,6 +862,7 @@ def check(args: argparse.Namespace, given: dict) -> None:
              "--seeds must be different numbers from 0 to 2^32 - 1"),
             (not 1 < len({*values}) == len(values) <= 256,
              "--mask-values must be 2 to 256 different numbers, one a class"),
+            (args.resume and args.overwrite, "--resume or --overwrite, not both"),
             ((args.adapt is None) != (args.images is None), "--adapt and --images go together"),
             (args.adapt and args.mask_values and not args.masks, "--mask-values goes with --masks"),
             (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU"),
@@ -877,7 +873,7 @@ def check(args: argparse.Namespace, given: dict) -> None:
 
 def join_processes(args) -> None:
     """Where torchrun started this script several times: one group, each with its own GPU."""
-    if not dist.is_available() or not dist.is_torchelastic_launched():
+    if not TORCHRUN:
         return
     if args.adapt or args.list:
         raise WrongUse("torchrun shares federations among processes; leave out --adapt and --list")
@@ -933,6 +929,6 @@ def main(argv: list[str] | None = None) -> int:
 if __name__ == "__main__":
     status = main()
     sys.stdout.flush()
-    if dist.is_available() and dist.is_initialized():  # threads of gloo may crash in an orderly end
+    if TORCHRUN:  # threads of gloo may crash in an orderly end
         os._exit(status)
     sys.exit(status)

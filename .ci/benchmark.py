@@ -39,7 +39,8 @@ def looped(layer: router.RoutedConv2d, networks: list[nn.Module], x: torch.Tenso
 def obvious_step(routed: router.RoutedNetwork, images: torch.Tensor, generator) -> torch.Tensor:
     """As `router.step`, a pass each for entropy, view and shape, and one to predict; the loss."""
     settings, clean = routed.settings, routed(images).softmax(dim=1)
-    views = router.draw_views(images, generator)
+    count = 8 if images.shape[-1] == images.shape[-2] else 4
+    views = torch.randint(count, (len(images),), generator=generator, device=images.device)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
     of_view = routed(router.view(images + settings.noise * noise, views)).softmax(dim=1)
     of_view = router.view(of_view, views, inverse=True)
@@ -89,9 +90,9 @@ class Benchmark:
         models = [self.network(), self.network()] * (experts // 2)
         return router.build_routed(models, router.RoutingSettings(entropy=0.1, leash=leash))
 
-    def step(self, routed: router.RoutedNetwork, bf16: bool = False, by=router.step) -> None:
+    def step(self, routed: router.RoutedNetwork, bf16: bool = False, take=router.step) -> None:
         with torch.autocast(self.device, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            by(routed, self.images(self.batch), torch.Generator(self.device))
+            take(routed, self.images(self.batch), torch.Generator(self.device))
 
     def train(self, network: nn.Module, x: torch.Tensor, bf16: bool = False) -> None:
         with torch.autocast(self.device, torch.bfloat16, enabled=bf16, cache_enabled=False):
@@ -125,7 +126,7 @@ class Benchmark:
         for layer in obvious.parts(router.RoutedConv2d):
             layer.forward = partial(looped, layer, models)
         plain = router.RoutedNetwork(self.network(), [], obvious.settings)  # all its weights move
-        rows = {"obvious": partial(self.step, obvious, by=obvious_step),
+        rows = {"obvious": partial(self.step, obvious, take=obvious_step),
                 "ours": partial(self.step, self.routed(6)),
                 "with the leash": partial(self.step, self.routed(6, leash=0.01)),
                 "plain": partial(self.step, plain),

@@ -204,7 +204,7 @@ def check_adapting(args: argparse.Namespace, out: Path, errors: str) -> None:
     for source in (f for f in sources if f.name in rows):
         row, name = rows[source.name], data.stem(source)
         file = f"masks/{name}" + (".nii.gz" if data.is_volume(source) else ".png")
-        shape, most = data.read_pixels(source).shape[:3], known["classes"]
+        shape, most = data.read_file(source)[0].shape[:3], known["classes"]
         mask = data.read_truth(out / file, None, "images", shape, most)  # refuses another shape
         assert abs((mask > 0).mean() - row["foreground"]) < 1e-9, row
         assert args.online or (again / file).read_bytes() == (out / file).read_bytes(), row
