@@ -390,8 +390,8 @@ def open_folder(args, out: Path, config: dict) -> None:
         for old in (path, path.with_name(path.name + ".partial")):
             if old.resolve().is_relative_to(out):  # the list might be damaged
                 old.unlink(missing_ok=True)
-        with suppress(OSError):  # it holds foreign files, or is gone
-            path.parent.rmdir()
+                with suppress(OSError):  # it holds foreign files, or is gone
+                    path.parent.rmdir()
     save(file, config)
 
 
@@ -922,7 +922,9 @@ def main(argv: list[str] | None = None) -> int:
             raise
         if not isinstance(error, (ValueError, OSError, ImportError)):
             error = f"{type(error).__name__}: {error} (IOPFL_TRACEBACK=1 shows where)"
-        complain(str(error))
+        # Of several processes the first one tells what is wrong with the command.
+        if FIRST or not (isinstance(error, WrongUse) or "closed by peer" in str(error)):
+            complain(str(error))
         return 2 if isinstance(error, WrongUse) else 1
 
 
