@@ -388,7 +388,7 @@ def open_folder(args, out: Path, config: dict) -> None:
         raise WrongUse(f"{out} holds a run; say {way} or another --out")
     for path in (out / name for name in before.get("files", [])):
         for old in (path, path.with_name(path.name + ".partial")):
-            if old.resolve().is_relative_to(out):  # the list might be damaged
+            if old.parent.resolve().is_relative_to(out):  # the list might be damaged
                 old.unlink(missing_ok=True)
                 with suppress(OSError):  # it holds foreign files, or is gone
                     path.parent.rmdir()
