@@ -305,7 +305,7 @@ LISTS = {f"{name}.txt": part for name, part in PARTS.items()}
 PLACE = re.compile(rf"(?:({'|'.join(PARTS)})/)?(?:rois/)?images?", re.I)  # of images in a site
 FUNDUS_VALUES = [255, 128, 0]  # background, rim, cup
 RENAMED = {"ISBI": "RUNMC", "ISBI_1.5": "BMC"}  # older names of two prostate sites
-RESERVED = ("global", "all", "none")  # words of the command line and the tables
+RESERVED = ("global", "all", "none", "pooled")  # words of the command line and the tables
 LAYOUTS = ("known layouts: <site>/{images,masks}/<same stem>.png, also with {train,val,test}.txt; "
            "<site>/{train,val,test}/{images,masks}/; <site>/{train,test}/ROIs/{image,mask}/ for "
            "fundus photographs; <site>/CaseNN.nii.gz with CaseNN_segmentation.nii.gz")
@@ -313,7 +313,7 @@ LAYOUTS = ("known layouts: <site>/{images,masks}/<same stem>.png, also with {tra
 
 def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None = None,
                 seed: int = 0, skip_empty: bool = False) -> DataSet:
-    """Real images or volumes in one of LAYOUTS, resized to size × size, masks by the nearest pixel.
+    """Real images or volumes in one of LAYOUTS, resized to size × size, masks by nearest pixel.
     Images are grey (all of them: 1 channel) or RGB; masks hold class indices or the grey values
     `mask_values`, one a class; of fundus ROIs the nearest of 255 background, 128 rim, 0 cup, or of
     three others. Every slice of a volume is an image with its neighbours; labels above 0 are
@@ -367,7 +367,8 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     worst = max(classes, key=lambda file: classes[file][-1])
     if not volume and not (2 <= len(every) <= 32 and every[-1] < len(values or every)):
         raise ValueError(f"{worst}: all masks hold {len(every)} values up to {every[-1]}, expected "
-                         f"2 to 32: 0, 1 …; greys: --mask-values {' '.join(map(str, every[:32]))}")
+                         f"2 to 32: 0, 1 … or greys, --mask-values "
+                         f"{' '.join(map(str, every[:32]))}")
     for site in sites:  # grey images lie there three times
         for split in (site.train, site.validation, site.test):
             split.images = split.images[:, :channels].contiguous()
@@ -480,6 +481,8 @@ def read_file(path: Path, mask: bool = False) -> tuple[np.ndarray, np.ndarray]:
     front to back and the patient's right to left, or of an image (1, H, W, 1 or 3), turned as its
     EXIF says. Whatever a decoder says becomes one ValueError."""
     try:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise ValueError("not a file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             warnings.simplefilter("error", Image.DecompressionBombWarning)  # above 89 Mpixels

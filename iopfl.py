@@ -108,7 +108,7 @@ def update_personal(personal: State | None, local: State, alpha: float) -> State
 
     Unrolled this is what the paper says, global and local updates accumulated (M3, tested): with
     D^s = g^s - g^{s-1} and d^t = w^t - g^{t-1},
-    p^T = g^0 + Σ_{s<T} (1 - α^{T-s}) D^s + Σ_{t≤T} c_t d^t, c_1 = α^{T-1}, c_t = (1-α) α^{T-t}.
+    p^T = g^0 + Σ_{s<T} (1-α^{T-s})D^s + Σ_{t≤T} c_t d^t, c_1 = α^{T-1}, c_t = (1-α)α^{T-t}.
     alpha: in [0, 1]; ours 0.7, published code 0.1. New tensors; integers come from `local`."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"update_personal: alpha must lie in [0, 1], not {alpha}")

@@ -29,9 +29,11 @@ class UNet(nn.Module):
     def __init__(self, in_channels: int, num_classes: int, width: int = 32, depth: int = 4,
                  generator: torch.Generator | None = None):
         super().__init__()
-        if min(in_channels, num_classes, width, depth) < 1:
-            raise ValueError("UNet: in_channels, num_classes, width, depth must be at least 1, not "
-                             f"{in_channels}, {num_classes}, {width}, {depth}")
+        sizes = {"in_channels": in_channels, "num_classes": num_classes, "width": width,
+                 "depth": depth}
+        for name, value in sizes.items():
+            if value < 1:
+                raise ValueError(f"UNet: {name} must be at least 1, not {value}")
         self.in_channels, self.depth = in_channels, depth
         channels = [width * 2**level for level in range(depth + 1)]
         self.encoder = nn.ModuleList(

@@ -42,7 +42,7 @@ class RoutingSettings:
 
 
 # The published entropy is summed over a batch of 5 and weighted by 10: 25 times M8's mean. The
-# shape term, 10⁻⁶ times the 2-norm of M7's map, has about the gradient of 0.004 times M7 at 384².
+# shape term, 10⁻⁶ times the 2-norm of M7's map, has about the gradient of 0.004 M7 at 384².
 AUTHORS = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics=True,
                           consistency=0.1, shape=0.004, entropy=25.0, lr=1e-3, passes=10,
                           leash=None)
@@ -238,9 +238,15 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
 
 
 # ---------------------------------------------------------------- the objective (M6 to M8)
+def draw_views(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A view of each image as a number (N,): 0 … 7, or 0 … 3 where images are not square."""
+    count = 8 if images.shape[-1] == images.shape[-2] else 4
+    return torch.randint(count, (len(images),), generator=generator, device=images.device)
+
+
 def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
-    """T of M6, or T⁻¹: by the bits of its number each image (N, C, H, W) is transposed (4), flipped
-    up-down (2) and left-right (1): together the eight flips and 90° rotations."""
+    """T of M6, or T⁻¹, on (N, C, H, W): by the bits of its number an image is transposed (4),
+    flipped up-down (2) and left-right (1): together the eight flips and 90° rotations."""
     for bit in (1, 2, 4) if inverse else (4, 2, 1):
         chosen = (views & bit > 0)[:, None, None, None]
         if chosen.any():
@@ -251,8 +257,7 @@ def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
 
 def in_another_view(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> Tensor:
     """T⁻¹[p(T(x + ε))] (N, C, H, W) of images (N, C_in, H, W), T and ε drawn (M6)."""
-    count = 8 if images.shape[-1] == images.shape[-2] else 4  # only squares can be transposed
-    views = torch.randint(count, (len(images),), generator=generator, device=images.device)
+    views = draw_views(images, generator)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
     seen = routed.probabilities(view(images + routed.settings.noise * noise, views))
     return view(seen, views, inverse=True)
@@ -357,7 +362,7 @@ def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, 
     For another hospital `reset` first. Every image and layer starts alike; steps change that.
     models: those that `routed` was built from. images: (N, C_in, H, W) of the site, for `online`
     the first batch, which `adapt` will count itself.
-    start: "matched", every layer at the weights ∝ prior · exp(-D / spread), D a model's divergence,
+    start: "matched", every layer at weights ∝ prior · exp(-D / spread), D a model's divergence,
     spread its standard deviation; "uniform"; or "random", as built. global_prior: of the last one,
     None: that of all. share: of the site's statistics, by default `site_share`.
     Raises ValueError where a model, routed alone, does not give what it gives itself."""

@@ -108,7 +108,7 @@ def test_unet():
     for shape in (2, 3, 8, 8), (1, 8, 8):
         with pytest.raises(ValueError, match="images .N, 1, H, W., got .*8, 8.$"):
             tiny()(torch.zeros(shape))
-    with pytest.raises(ValueError, match="depth must be at least 1, not 1, 2, 4, 0"):
+    with pytest.raises(ValueError, match="depth must be at least 1, not 0"):
         UNet(1, 2, 4, 0)
     start = tiny().state_dict()  # from the generator alone
     torch.manual_seed(2)
@@ -499,13 +499,15 @@ def test_views_and_objective_by_hand():
         seen.add(tuple(turned.flatten().tolist()))
     assert seen == {tuple(torch.rot90(y, k, (2, 3)).flatten().tolist())
                     for y in (x, x.flip(3)) for k in range(4)} and len(seen) == 8
+    assert router.draw_views(torch.zeros(99, 1, 4, 4), seeded()).unique().tolist() == [*range(8)]
+    assert router.draw_views(torch.zeros(99, 1, 2, 5), seeded()).unique().tolist() == [*range(4)]
     models = [nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Conv2d(4, 3, 1))
               for _ in range(3)]
     models = [randomise(model, k).double() for k, model in enumerate(models)]
     routed = build(models, entropy=0.3, consistency=0.7, shape=0.2, radius=0.1, noise=0.4)
     x, shape, d = torch.randn(9, 1, 24, 40, generator=seeded()).double(), [], 2
     generator = seeded(5)
-    views = torch.randint(4, (len(x),), generator=generator)  # no square: not transposed
+    views = router.draw_views(x, generator)
     noisy = x + 0.4 * torch.randn(x.shape, generator=generator)
     p, q = routed(x).softmax(dim=1), routed(router.view(noisy, views)).softmax(dim=1)
     back, foreground = router.view(q, views, inverse=True), 1 - p[:, 0].detach().numpy()
@@ -967,7 +969,7 @@ BAD_FOLDERS = {  # what is spoilt in two sound sites, the mask values, parts of 
                  [MASK, "one channel"]),
     "too few images": (lambda r: _unlink(r, "a/*/0[234].png"), None, ["'a'", "at least 3"]),
     "constant masks": (_constant, None, ["1 values up to 0", "expected 2"]),
-    "a folder": (lambda r: _instead(r / IMAGE, Path.mkdir), None, [IMAGE, "not a readable image"]),
+    "a folder": (lambda r: _instead(r / IMAGE, Path.mkdir), None, [IMAGE, "not a file"]),
     "a loop of links": (lambda r: _instead(r / IMAGE, lambda f: f.symlink_to(f.name)), None,
                         [IMAGE, "not a readable image"]),
     "bomb": (lambda r: Image.new("1", (10_000, 10_000)).save(r / IMAGE), None,
@@ -989,8 +991,10 @@ BAD_FOLDERS = {  # what is spoilt in two sound sites, the mask values, parts of 
     "two names": (lambda r: shutil.copytree(r / "a/images", r / "a/image"), None,
                   ["/a", "keep one"]),
     **{name: (lambda r, name=name: (r / "a").rename(r / name), None, [repr(name), "rename it"])
-       for name in ("global", "all", "none")},
+       for name in ("global", "all", "none", "pooled")},
 }
+if hasattr(os, "mkfifo"):
+    BAD_FOLDERS["a pipe"] = (lambda r: _instead(r / IMAGE, os.mkfifo), None, [IMAGE, "not a file"])
 
 
 @pytest.mark.parametrize("spoil, mask_values, parts", BAD_FOLDERS.values(), ids=BAD_FOLDERS)
@@ -1493,11 +1497,13 @@ def test_overwrite_removes_only_what_a_run_writes(tmp_path, capsys):
     (["--mask-values", "0", "1"], "would do nothing"), (["--list", "--rounds", "3"], "--rounds"),
     (["--adapt", "."], "go together"), (["--adapt", ".", "--images", ".", "--size", "9"], "--size"),
     (["--adapt", ".", "--images", ".", "--mask-values", "0", "1"], "goes with --masks"),
-    (["--width", "1024"], "--width 1024"), (["--round", "3"], "--round"),
+    (["--width", "1024", "--depth", "10"], "channels"), (["--round", "3"], "--round"),
+    (["--size", "2", "--depth", "1", "--batch-size", "1"], "batch of one"),
+    (["--out", ""], "--out must"), (["--hold-out", ""], "--hold-out"),
     (["--hold-out", "none", "--methods", "oracle"], "not all are for hospitals inside"),
     (["--resume", "--overwrite"], "not both"), (["--sites", "1"], "--hold-out Alder")])
 def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, capsys, argv, part):
-    assert train.main([*argv, "--out", str(tmp_path / "out")]) == 2
+    assert train.main(["--out", str(tmp_path / "out"), *argv]) == 2
     err = capsys.readouterr().err
     assert part in err and err.count("\n") == 1 and not (tmp_path / "out").exists()
 

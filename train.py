@@ -231,7 +231,7 @@ def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
     """The hospitals to hold out in turn; None stands for a federation of all."""
     if choice == "none":
         return [None]
-    chosen = names if choice == "all" else [choice or names[-1]]
+    chosen = names if choice == "all" else [names[-1] if choice is None else choice]
     if chosen[0] not in names or len(names) < 2:
         raise WrongUse(f"--hold-out {choice or chosen[0]}: there are {', '.join(names)}; at least "
                        "two are needed, one of them, or all, to hold out; with none all are inside")
@@ -330,6 +330,8 @@ def save(path: Path, content: dict) -> None:
 
 def load(path: Path, kind: type = dict, *keys: str):
     """What `save` wrote, with these keys; nothing in the file is executed."""
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise ValueError(f"{path}: not a file")
     try:
         if path.suffix == ".pt":
             return kind(**torch.load(path, map_location="cpu", weights_only=True))
@@ -346,6 +348,10 @@ def load(path: Path, kind: type = dict, *keys: str):
 def open_run(args, out: Path, dataset, hospitals, inside: dict, outside: dict) -> None:
     """Write config.json: all that decides about the results, so that the default written out, or
     another spelling of a path, is not another setting."""
+    for count in (len(site.train.images) for site in dataset.sites):
+        if args.size <= 2**args.depth and count // -(-count // args.batch_size) == 1:
+            raise WrongUse("BatchNorm has nothing to measure in a batch of one image whose lowest "
+                           "level is one pixel; use a smaller --depth or another --batch-size")
     config = {name: value for name, value in vars(args).items() if "*" in OPTIONS[name][0]}
     config["root"] = args.root and str(Path(args.root).resolve())
     config |= {name: value for name, value in vars(dataset).items() if name != "sites"}
@@ -448,8 +454,8 @@ def grouped(rows: list[dict], key: str, *names: str) -> dict[tuple, list[float]]
 
 
 def table(rows: list[dict], unit: str) -> str:
-    """Dice in % by hospital, mean ± sample standard deviation over seeds; the best of a column, but
-    for ceilings, with *."""
+    """Dice in % by hospital, mean ± sample standard deviation over seeds; * marks the best of a
+    column, ceilings left out."""
     methods, structures, seeds, sites = (list(dict.fromkeys(row[key] for row in rows))
                                          for key in ("method", "structure", "seed", "site"))
     columns = [("dice", [site], site) for site in sorted(sites) if 1 < len(sites) <= MOST_SHOWN]
@@ -801,8 +807,8 @@ OPTIONS = {
     "batch_size": ("*", int, 5, "images a step of training", 1, 10**6),
     "lr": ("*", float, 1e-3, "learning rate of Adam", 1e-12, 1000),
     "alpha": ("*", float, METHODS["iopfl"].alpha, "what a personalised model keeps (M2)", 0, 1),
-    "width": ("*", int, 16, "channels of the U-Net's top level", 1, 256),
-    "depth": ("*", int, 3, "levels of the U-Net below the top", 1, 6),
+    "width": ("*", int, 16, "channels of the U-Net's top level", 1, 1024),
+    "depth": ("*", int, 3, "levels of the U-Net below the top", 1, 10),
     "authors": ("*", bool, False, "as published: 100 rounds, alpha 0.1 (if not given), AUTHORS"),
     "device": ("*la", str, "auto", "where to compute", "auto", "cpu", "cuda"),
     "precision": ("*", str, "fp32", "bf16: convolutions in bfloat16", "fp32", "bf16"),
@@ -857,6 +863,7 @@ def check(args: argparse.Namespace, given: dict) -> None:
     unknown, values = {*args.methods} - {"all", "ablations", *KNOWN}, args.mask_values or [0, 1]
     repeated = len({*args.seeds}) < len(args.seeds)
     for wrong, message in (
+            (args.width * 2**args.depth > 2**13, f"--width, --depth: more than {2**13} channels"),
             (unknown, f"--methods: {', '.join(sorted(unknown))} unknown; --help names them all"),
             (not 0 <= min(args.seeds) <= max(args.seeds) < 2**32 or repeated,
              "--seeds must be different numbers from 0 to 2^32 - 1"),
@@ -866,7 +873,8 @@ def check(args: argparse.Namespace, given: dict) -> None:
             ((args.adapt is None) != (args.images is None), "--adapt and --images go together"),
             (args.adapt and args.mask_values and not args.masks, "--mask-values goes with --masks"),
             (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU"),
-            (args.save_images and Path(args.save_images).exists(), "--save-images: it exists")):
+            (args.save_images and Path(args.save_images).exists(), "--save-images: it exists"),
+            (args.out == "", "--out must not be empty")):
         if wrong:
             raise WrongUse(message)
 

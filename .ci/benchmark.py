@@ -39,8 +39,7 @@ def looped(layer: router.RoutedConv2d, networks: list[nn.Module], x: torch.Tenso
 def obvious_step(routed: router.RoutedNetwork, images: torch.Tensor, generator) -> torch.Tensor:
     """As `router.step`, a pass each for entropy, view and shape, and one to predict; the loss."""
     settings, clean = routed.settings, routed(images).softmax(dim=1)
-    count = 8 if images.shape[-1] == images.shape[-2] else 4
-    views = torch.randint(count, (len(images),), generator=generator, device=images.device)
+    views = router.draw_views(images, generator)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
     of_view = routed(router.view(images + settings.noise * noise, views)).softmax(dim=1)
     of_view = router.view(of_view, views, inverse=True)
@@ -106,7 +105,7 @@ class Benchmark:
             layer.register_forward_pre_hook(lambda layer, x: inputs.update({layer: x[0].detach()}))
         routed(self.images(self.batch))
         for layer, x in inputs.items():
-            rows[f"{layer.name}, {x.shape[1]} × {x.shape[2]}²"] = self.layer(layer, plain, last, x)
+            rows[f"{layer.name}, {x.shape[1]}×{x.shape[2]}²"] = self.layer(layer, plain, last, x)
         rows["sum"] = sum(rows.values())
         for name, took in rows.items():
             line(name, *took, *took[[0, 1, 1]] / took[[1, 2, 3]])

@@ -8,6 +8,7 @@ Case N is the first one of seed N; where one fails, the exit status is 1.
 import argparse
 import io
 import json
+import os
 import random
 import shutil
 import signal
@@ -37,7 +38,7 @@ TOY = [*ONE, *"--size 16 --width 2 --depth 1 --rounds 1 --lr 0.01 --methods iopf
 TWO = [*TOY, "--rounds", "2", "--seeds", "0", "1"]
 # What takes the place of a file; names, pixels, modes, endings; options and their values.
 INSTEAD = [Path.mkdir, lambda file: file.symlink_to(file.name), lambda file: file.symlink_to("/no"),
-           lambda file: None]
+           getattr(os, "mkfifo", Path.mkdir), lambda file: None]
 NAMES = ["a b", "new\nline", "-x", "x_segmentation", ".z", "x" * 200, "\udcff", "%s", "A", "07"]
 SITES = ["All", "ISBI", "x\ny", ".z", "\udcff"]
 CORNERS = {"I;16": [300, 65535], "I": [70000, -3], "F": [np.nan, np.inf, 1e38, 0.5]}
