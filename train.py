@@ -27,7 +27,7 @@ import warnings
 from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain, product
 from pathlib import Path
 
@@ -48,16 +48,19 @@ from router import AUTHORS, RoutingSettings
 # ---------------------------------------------------------------- the story
 def train(args, out: Path) -> int:
     """Every federation that was asked for, then the report; what is finished is not done again."""
-    results, dataset = [], load_dataset(args, args.seeds[0])
+    results, dataset_of = [], lru_cache(maxsize=1)(partial(load_dataset, args))
+    dataset = dataset_of(args.seeds[0])
     hospitals = hold_outs(args.hold_out, [site.name for site in dataset.sites])
     inside, outside = chosen_methods(args, hospitals[0])
     open_run(args, out, dataset, hospitals, inside, outside)
-    for seed in args.seeds:
-        dataset = dataset if seed == args.seeds[0] else load_dataset(args, seed)
-        for hold_out, name in product(hospitals, inside):
-            print(f"\nseed {seed}, outside: {hold_out or 'none'}, {name}")
-            results.append(federation(args, dataset, seed, hold_out, name, inside[name], outside,
-                                      out / folder_name(seed, hold_out, name)))
+    for seed, hold_out, name in product(args.seeds, hospitals, inside):
+        print(f"\nseed {seed}, outside: {hold_out or 'none'}, {name}")
+        folder = out / folder_name(seed, hold_out, name)
+        if (folder / "rows.json").exists():
+            results.append(load(folder / "rows.json", dict, "rows", "routing", "seconds"))
+        else:
+            results.append(federation(args, dataset_of(seed), seed, hold_out, name, inside[name],
+                                      outside, folder))
     report(args, out, dataset.unit, results)
     return 0
 
@@ -66,8 +69,6 @@ def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, nam
                method: Method, outside: dict, folder: Path) -> dict:
     """One federation of all hospitals but one (M1, M2), then the one outside (M4 to M8).
     Returns rows of results.json and what routing chose; `folder` holds them and the models."""
-    if (folder / "rows.json").exists():
-        return load(folder / "rows.json", dict, "rows", "routing", "seconds")
     begin = tick = time.perf_counter()
     file, device = folder / "last.pt", args.device
     inside = [site for site in dataset.sites if site.name != hold_out]
@@ -129,18 +130,17 @@ def hospital_outside(dataset, site: data.Site, models: dict[str, nn.Module], met
 
 
 def routing(models: list[nn.Module], split: data.Split, seed: int, *, settings=RoutingSettings(),
-            experts=slice(None), fit: dict | None = {}, rule=router.site_share, online=False,
-            **changes):
+            experts=slice(None), fit: dict | None = {}, rule=None, online=False, **changes):
     """The models as one routed network (M4, M5), adapted to images without labels (M6 to M8).
     settings and changes of them; experts: which models are routed; fit: options of
-    `router.fit_to_site`, None: without it, as published; rule: of the share of the site's
-    statistics. Returns probabilities (N, C, H, W) and the network."""
+    `router.fit_to_site`, None: without it, as published; rule: for the share of the site's
+    statistics, where all models are to tell it. Returns probabilities (N, C, H, W), network."""
     images, settings = split.images.float(), replace(settings, **changes)
     routed = router.build_routed(models[experts], settings, seeded(seed))
     if fit is not None:
         seen = images[:settings.batch_size] if online else images
-        # By all models: those that are routed may not know how far apart the hospitals lie.
-        fit = {"share": rule(models, router.divergence(models[-1], seen)), **fit}
+        if rule:
+            fit = {"share": rule(models, router.divergence(models[-1], seen)), **fit}
         router.fit_to_site(routed, models[experts], seen, online=online, **fit)
     generator = seeded(seed, images.device)
     return router.adapt(routed, images, generator=generator, online=online), routed
@@ -204,8 +204,9 @@ OUTSIDE_ABLATIONS = {
     "random-start": partial(routing, fit={"start": "random"}),
     "uniform-start": partial(routing, fit={"start": "uniform"}),
     "equal-start": partial(routing, fit={"global_prior": None}),  # the global model as any other
-    "global-only": partial(routing, experts=GLOBAL),
-    "personal-only": partial(routing, experts=PERSONAL, fit={"global_prior": None}),
+    "global-only": partial(routing, experts=GLOBAL, rule=router.site_share),
+    "personal-only": partial(routing, experts=PERSONAL, rule=router.site_share,
+                             fit={"global_prior": None}),
     "online": partial(routing, online=True),
     **{f"passes={n}": partial(routing, passes=n) for n in (1, 10, 20)},
     **{f"passes={n}-no-leash": partial(routing, passes=n, leash=None) for n in (1, 3, 10, 20)},
