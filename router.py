@@ -412,7 +412,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def divergence(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
+def divergence(model: nn.Module, images: Tensor) -> Tensor:
     """How far images (N, C_in, H, W) are from what a network was trained on: a scalar, 0 is near.
     `gaussian_divergence` of the inputs of BatchNorms with running statistics, mean over these."""
     model, sums = plain_copy(model), {}
@@ -425,7 +425,7 @@ def divergence(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor
 
     for norm in running_norms(model):
         norm.register_forward_pre_hook(count)
-    for batch in images.split(batch_size):
+    for batch in images.split(32):
         model(batch)
     layers = [gaussian_divergence(mean / n, square / n - (mean / n).square(), norm)
               for norm, (n, mean, square) in sums.items()]
