@@ -1,55 +1,96 @@
-"""Inside the federation: training, aggregation, personalised models, evaluation (M1, M2, M3, M9).
+"""Inside the federation: local training, averaging, personalised models, metrics (M1, M2, M3, M9).
 
-Imports torch and numpy only. The numbers M1 … M9 are those of README.md."""
+Imports torch and numpy only, so that it can be copied into another project. The numbers M1 … M9
+are those of README.md.
+"""
 
 import copy
+import math
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
-State = dict[str, Tensor]
+State = dict[str, Tensor]  # what `model.state_dict()` returns
 
 
 # ---------------------------------------------------------------- one client (M1)
 def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tensor:
-    """1 - soft Dice, averaged over all classes, the background among them; sums run over the batch.
-    logits: (N, C, H, W); target: (N, H, W) class indices. A scalar in [0, 1]. Published code."""
-    # In float32 at least: bfloat16 is too coarse for sums over many pixels.
-    probabilities = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
-    truth = nn.functional.one_hot(target.long(), logits.shape[1]).permute(0, 3, 1, 2)
-    overlap = (probabilities * truth).sum(dim=(0, 2, 3))  # (C,)
-    size = probabilities.sum(dim=(0, 2, 3)) + truth.sum(dim=(0, 2, 3))
-    return 1 - ((2 * overlap + smooth) / (size + smooth)).mean()
+    """One minus the soft Dice, averaged over all classes, the background among them.
+
+    logits: (N, C, H, W), or (N, C, D, H, W) of volumes. target: (N, H, W) or (N, D, H, W) class
+    indices. As in the published code the sums run over the whole batch. Returns a scalar in [0, 1].
+    Raises ValueError where the shapes do not fit.
+    """
+    images, classes, *sides = logits.shape
+    if target.shape != (images, *sides):
+        raise ValueError(
+            f"soft_dice_loss: a target {tuple(target.shape)} for logits {tuple(logits.shape)}; "
+            f"class indices {(images, *sides)} are expected, without an axis of channels")
+    # bfloat16 is too coarse for sums over many pixels; float64 may stay.
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    probabilities = logits.to(dtype).softmax(dim=1)
+    truth = nn.functional.one_hot(target.long(), classes)
+    truth = truth.movedim(-1, 1)  # (N, C, H, W)
+    all_but_classes = (0, *range(2, logits.ndim))
+    overlap = (probabilities * truth).sum(dim=all_but_classes)  # (C,)
+    size = probabilities.sum(dim=all_but_classes) + truth.sum(dim=all_but_classes)  # (C,)
+    soft_dice = (2 * overlap + smooth) / (size + smooth)  # (C,)
+    return 1 - soft_dice.mean()
 
 
-def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int = 1,
-                batch_size: int = 5, lr: float = 1e-3, proximal: float = 0.0,
-                anchor: State | None = None, generator: torch.Generator) -> float:
-    """Train `model` in place on one client's images (M1); return the last epoch's mean Dice loss.
+def train_local(
+    model: nn.Module,
+    images: Tensor,
+    masks: Tensor,
+    *,
+    generator: torch.Generator,
+    epochs: int = 1,
+    batch_size: int = 5,
+    lr: float = 1e-3,
+    proximal: float = 0.0,
+    anchor: State | None = None,
+) -> float:
+    """Train `model` in place on one client's images (M1); return the mean loss of the last epoch.
 
-    images: (N, C, H, W) and masks: (N, H, W) class indices, on the model's device.
-    proximal: μ of the term μ/2 · ‖w - anchor‖²; anchor: by default the weights at the call.
-    generator (CPU) draws the order of the images.
-    Published code: Adam with amsgrad, new each round, no weight decay, no augmentation."""
+    images: (N, C, H, W), or (N, C, D, H, W) of volumes. masks: (N, H, W) or (N, D, H, W) class
+    indices. Both lie on the model's device.
+    generator: on the CPU; it draws the order of the images.
+    proximal: the factor μ of the penalty μ/2 · ‖w - anchor‖². The anchor is by default the model
+    as it is at the call, which is FedProx.
+    As in the published code Adam (amsgrad, no weight decay) begins anew at each call, and images
+    are not augmented.
+    Raises ValueError without images or epochs, or for a class that the model does not have.
+    """
+    if len(images) == 0 or epochs < 1:
+        raise ValueError(f"train_local: {len(images)} images and {epochs} epochs; both must be > 0")
+    highest_class = int(masks.max())
     model.train()
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
     dtype = next(model.parameters()).dtype
-    anchor = (anchor or snapshot(model)) if proximal else {}
-    pulled_to = [anchor[name].to(w.device) for name, w in model.named_parameters() if proximal]
+    if proximal:
+        anchor = anchor or snapshot(model)
+        centres = []
+        for name, weight in model.named_parameters():
+            centres.append(anchor[name].to(weight.device))
+    # Batches of nearly equal size: a last batch of one image would upset BatchNorm.
+    number_of_batches = math.ceil(len(images) / batch_size)
     for _ in range(epochs):
         losses = []
-        order = torch.randperm(len(images), generator=generator).to(images.device)
-        # Batches of nearly equal size: a last batch of one image would upset BatchNorm.
-        for batch in order.tensor_split(-(-len(images) // batch_size)):
-            loss = soft_dice_loss(model(images[batch].to(dtype)), masks[batch])
+        order = torch.randperm(len(images), generator=generator)
+        for batch in order.to(images.device).tensor_split(number_of_batches):
+            logits = model(images[batch].to(dtype))
+            if highest_class >= logits.shape[1]:
+                raise ValueError(f"train_local: the masks hold class {highest_class}, but the "
+                                 f"model's classes are 0 to {logits.shape[1] - 1}")
+            loss = soft_dice_loss(logits, masks[batch])
             losses.append(loss.detach())
-            for w, before in zip(model.parameters(), pulled_to):  # none without a pull
-                loss = loss + proximal / 2 * (w - before).square().sum()
+            if proximal:
+                for weight, centre in zip(model.parameters(), centres):
+                    loss = loss + proximal / 2 * (weight - centre).square().sum()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -57,8 +98,11 @@ def train_local(model: nn.Module, images: Tensor, masks: Tensor, *, epochs: int 
 
 
 def snapshot(model: nn.Module) -> State:
-    """A copy of the model's state, on the CPU; `state_dict()` alone refers to the live tensors."""
-    return {name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items()}
+    """A copy of the model's state on the CPU; `state_dict()` alone changes with the model."""
+    state = {}
+    for entry, value in model.state_dict().items():
+        state[entry] = value.detach().to("cpu", copy=True)
+    return state
 
 
 def with_state(model: nn.Module, state: State) -> nn.Module:
@@ -69,182 +113,221 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
 
 
 def check_finite(state: State, whose: str) -> None:
-    """Raises ValueError, naming the entry, where a value of a state is not finite."""
+    """Raise FloatingPointError, naming the entry, where a value of the state is not finite."""
     for entry, value in state.items():
-        if not (value.sum().isfinite() or value.isfinite().all()):  # a sum is cheap, may overflow
-            raise ValueError(f"{whose}: '{entry}' is not finite; a lower learning rate may help")
+        if not value.isfinite().all():
+            raise FloatingPointError(
+                f"{whose}: '{entry}' is not finite; a lower learning rate may help")
 
 
-# ---------------------------------------------------------------- the method: M1 and M2
+# ---------------------------------------------------------------- the method (M1, M2)
+@torch.no_grad()
 def aggregate(states: Sequence[State], weights: Sequence[float]) -> State:
-    """The weighted mean of client states: g = Σ_k w_k · state_k / Σ w (M1).
+    """The weighted mean of the clients' states, g = Σ_k w_k · state_k / Σ_k w_k (M1).
 
-    weights: one a client, usually its number of training images. Floating entries are averaged,
-    half precision in float32; BatchNorm's statistics too: without them FedAvg becomes FedBN.
-    Integers (`num_batches_tracked`) take the maximum.
-    Raises ValueError, naming the entry, where states differ in kind or a value is not finite."""
+    weights: one for each client, usually its number of training images. BatchNorm's running
+    statistics are averaged too: without them FedAvg becomes FedBN. Half precision is summed in
+    float32. Integers (`num_batches_tracked`) take the maximum. Returns new tensors.
+    Raises ValueError for weights that are not positive and finite, and where a state's entries are
+    not those of the first; FloatingPointError where a value is not finite.
+    """
     total = float(sum(weights))
-    if len(states) != len(weights) or min(weights, default=0) < 0 or not 0 < total < np.inf:
+    if len(states) != len(weights) or min(weights, default=0) < 0 or not 0 < total < math.inf:
         raise ValueError(f"aggregate: {len(states)} states with the weights {list(weights)}")
-    kinds = [{(entry, v.shape, v.dtype) for entry, v in state.items()} for state in states]
-    for client, (state, kind) in enumerate(zip(states, kinds)):
-        for entry, *_ in kind ^ kinds[0]:
-            raise ValueError(f"aggregate: clients 0 and {client} differ in '{entry}'")
+    for client, state in enumerate(states):
+        check_alike(states[0], state, f"aggregate: clients 0 and {client}")
         check_finite(state, f"aggregate: client {client}")
-    result: State = {}
+    mean: State = {}
     for entry, first in states[0].items():
-        if first.is_floating_point():
-            mean = torch.zeros_like(first, dtype=torch.promote_types(first.dtype, torch.float32))
-            for weight, state in zip(weights, states):
-                mean.add_(state[entry], alpha=weight / total)
-            result[entry] = mean.to(first.dtype)
-        else:
-            result[entry] = torch.stack([state[entry] for state in states]).amax(dim=0)
-    return result
+        values = [state[entry] for state in states]
+        if not first.is_floating_point():
+            mean[entry] = torch.stack(values).amax(dim=0)
+            continue
+        dtype = torch.promote_types(first.dtype, torch.float32)
+        average = torch.zeros_like(first, dtype=dtype)
+        for value, weight in zip(values, weights):
+            average.add_(value, alpha=weight / total)
+        mean[entry] = average.to(first.dtype)
+    return mean
 
 
+def check_alike(first: State, second: State, whose: str) -> None:
+    """Raise ValueError, naming the entry, where two states differ in names, shapes or types."""
+    for entry in first.keys() | second.keys():
+        kinds = set()
+        for state in (first, second):
+            value = state.get(entry)
+            kinds.add("missing" if value is None else f"{tuple(value.shape)} {value.dtype}")
+        if len(kinds) > 1:
+            raise ValueError(f"{whose} differ in '{entry}': {', '.join(sorted(kinds))}")
+
+
+@torch.no_grad()
 def update_personal(personal: State | None, local: State, alpha: float) -> State:
-    """p^t = α · p^{t-1} + (1-α) · w^t; the first one is the local model itself (M2).
+    """The personalised model p^t = α · p^{t-1} + (1-α) · w^t; the first is the local model (M2).
 
-    Unrolled this is what the paper says, global and local updates accumulated (M3, tested): with
-    D^s = g^s - g^{s-1} and d^t = w^t - g^{t-1},
-    p^T = g^0 + Σ_{s<T} (1-α^{T-s})D^s + Σ_{t≤T} c_t d^t, c_1 = α^{T-1}, c_t = (1-α)α^{T-t}.
-    alpha: in [0, 1]; ours 0.7, published code 0.1. New tensors; integers come from `local`."""
+    personal: p^{t-1}, or None in a client's first round. local: w^t. alpha: in [0, 1]; ours is 0.7,
+    the published code's 0.1. Integers come from `local`. Returns new tensors.
+
+    Unrolled this is what the paper describes, global and local updates accumulated (M3, tested):
+    with D^s = g^s - g^{s-1} and d^t = w^t - g^{t-1},
+    p^T = g^0 + Σ_{s<T} (1-α^{T-s}) D^s + Σ_{t≤T} c_t d^t, c_1 = α^{T-1}, c_t = (1-α) α^{T-t}.
+    """
     if not 0 <= alpha <= 1:
         raise ValueError(f"update_personal: alpha must lie in [0, 1], not {alpha}")
-    before = local if personal is None else personal
-    return {entry: torch.lerp(value, before[entry], alpha) if value.is_floating_point()
-            else value.clone() for entry, value in local.items()}
+    if personal is None:
+        personal = local
+    updated: State = {}
+    for entry, value in local.items():
+        if value.is_floating_point():
+            updated[entry] = torch.lerp(value, personal[entry], alpha)  # (1-α) w + α p
+        else:
+            updated[entry] = value.clone()
+    return updated
 
 
-# ---------------------------------------------------------------- methods and their one loop
+# ---------------------------------------------------------------- the loop over rounds (M1)
 @dataclass(frozen=True)
-class Method:
-    """A federated method as its answers to three questions; METHODS holds the usual ones.
-    stays: which layers never leave a client? "none", "batchnorm", "head" (the last one) or "all".
-    proximal: how strong is the pull towards the global model in local training (μ)?
-    own: what is a client's own model? M2 with `alpha` over its "local" models (alpha 0: the last
-    one), or over the "shared" one, which is the global model with the layers that stayed; or a
-    "second" model, trained beside the shared one and pulled towards it by `own_proximal`."""
+class Training:
+    """How the clients of a federation train; the defaults are federated averaging.
+
+    stays: layers that never leave a client: "none", "batchnorm" (FedBN), "head", which is the last
+    layer (FedPer), or "all", where nothing is shared.
+    proximal: the pull μ of local training towards the global model (FedProx).
+    second: None, or the pull of a second model that each client trains beside the shared one and
+    never sends (Ditto). The shared models are the same with and without it.
+    """
 
     stays: str = "none"
     proximal: float = 0.0
-    own: str = "shared"
-    alpha: float = 0.0
-    own_proximal: float = 0.0
-
-
-METHODS = {
-    "local": Method(stays="all"),
-    "fedavg": Method(),  # McMahan et al. 2017
-    "fedprox": Method(proximal=0.001),  # Li et al. 2020
-    "fedbn": Method(stays="batchnorm"),  # Li et al. 2021
-    "fedper": Method(stays="head"),  # Arivazhagan et al. 2019
-    "ditto": Method(own="second", own_proximal=0.1),  # Li et al. 2021
-    "fedavg-ft": Method(own="local"),  # the last local model alone
-    "iopfl": Method(own="local", alpha=0.7),  # published code: alpha 0.1
-}
-
-
-def staying_entries(model: nn.Module, stays: str) -> set[str]:
-    """The entries of the state that `Method.stays` means, by module type and order, not by name."""
-    layers = [(name, module) for name, module in model.named_modules()
-              if [*module.parameters(recurse=False), *module.buffers(recurse=False)]]
-    norms = [pair for pair in layers if isinstance(pair[1], nn.modules.batchnorm._BatchNorm)]
-    chosen = {"none": [], "batchnorm": norms, "head": layers[-1:], "all": layers}
-    return {f"{name}.{entry}".lstrip(".") for name, module in chosen[stays]
-            for entry in module.state_dict()}
+    second: float | None = None
 
 
 @dataclass
 class Round:
-    """All that the next round starts from: g^t and each client's own model (p_k^t), whole states on
-    the CPU; a client that never took part has none. losses: of training, by client."""
+    """What a round has made; the next one starts from it. All states lie on the CPU."""
 
     number: int
-    global_state: State
-    own: dict[str, State]
-    losses: dict[str, float]
+    global_state: State  # g^t
+    local: dict[str, State]  # w_k^t of the clients that took part in this round
+    kept: dict[str, State]  # the layers that stay, of each client that has ever taken part
+    second: dict[str, State]  # Ditto's second models, likewise
+    losses: dict[str, float]  # of local training in this round
+
+    def model_of(self, client: str) -> State:
+        """The current global model with the layers that this client keeps."""
+        return self.global_state | self.kept.get(client, {})
 
 
-def federate(model: nn.Module, clients: dict, rounds: int, method: Method = METHODS["iopfl"], *,
-             seed: int = 0, epochs: int = 1, batch_size: int = 5, lr: float = 1e-3,
-             participation: float = 1.0, after: Round | None = None) -> Iterator[Round]:
-    """Federated averaging (M1) with an own model for each client (M2); yields each `Round`.
-    model: its weights are the start g^0, also when going on; afterwards they are some client's.
-    clients: name → object with `images` (N, C, H, W) and `masks` (N, H, W) on the model's device.
-    participation: share of the clients, drawn for each round; who is absent keeps its own model.
-    after: an earlier round to go on from, to the same bits: what is drawn comes from (seed, round,
-    client) alone. Under torchrun each process trains its share of the clients.
-    Raises ValueError, naming client and round, where a model is not finite any more."""
-    if method.stays != "none" and (method.own, method.alpha) != ("shared", 0):
-        raise ValueError("federate: with layers that stay, own must be 'shared' and alpha 0")
-    start, stays = snapshot(model), staying_entries(model, method.stays)
-    last = after or Round(0, start, {}, {})
+def federate(
+    model: nn.Module,
+    clients: dict,
+    rounds: int,
+    training: Training = Training(),
+    *,
+    seed: int = 0,
+    epochs: int = 1,
+    batch_size: int = 5,
+    lr: float = 1e-3,
+    participation: float = 1.0,
+    after: Round | None = None,
+) -> Iterator[Round]:
+    """Federated averaging (M1): yields each `Round`, from which the caller personalises (M2).
 
-    def train_client(name: str, number: int, state: State, **pull) -> tuple[State, float]:
-        model.load_state_dict(state)
-        loss = train_local(model, clients[name].images, clients[name].masks, epochs=epochs, lr=lr,
-                           batch_size=batch_size, generator=seeded(seed, number, name), **pull)
-        check_finite(model.state_dict(), f"client {name} in round {number}")
-        return snapshot(model), loss
-
+    model: its weights are the start g^0, also when going on. Afterwards they are some client's.
+    clients: name → object with `images` and `masks` as `train_local` takes them.
+    participation: the share of the clients, in (0, 1], that is drawn for each round.
+    after: an earlier round to go on from. The result is the same to the bit, because all that is
+    random in a round comes from (seed, round, client) alone.
+    Raises FloatingPointError, naming client and round, where a model is not finite any more.
+    """
+    options = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
+    start = snapshot(model)
+    stays = staying_entries(model, training.stays)
+    kept_at_start = {entry: start[entry] for entry in stays}
+    last = after or Round(0, start, {}, {}, {}, {})
     for number in range(last.number + 1, rounds + 1):
-        order = torch.randperm(len(clients), generator=seeded(seed, number, "all"))
-        drawn = order[:max(1, round(participation * len(clients)))].tolist()
-        present = [name for n, name in enumerate(clients) if n in drawn]
-        local, second, losses = {}, {}, {}  # local: w_k^t
-        for name in my_share(present):
-            own = last.own.get(name, start)
-            begin = last.global_state | {entry: own[entry] for entry in stays}
-            local[name], losses[name] = train_client(name, number, begin, proximal=method.proximal)
-            if method.own == "second":
-                second[name], _ = train_client(name, number, own, proximal=method.own_proximal,
-                                               anchor=last.global_state)
-        local, second, losses = gather(local), gather(second), gather(losses)
-        sizes = [len(clients[name].images) for name in present]
-        global_state = aggregate([local[name] for name in present], sizes)  # g^t (M1)
-        own = dict(last.own)
-        for name in present:
-            shared = global_state | {entry: local[name][entry] for entry in stays}
-            candidates = {"local": local.get(name), "shared": shared, "second": second.get(name)}
-            own[name] = update_personal(own.get(name), candidates[method.own], method.alpha)  # M2
-        last = Round(number, global_state, own, {name: losses[name] for name in present})
+        local, losses, sizes = {}, {}, []
+        kept = dict(last.kept)
+        second = dict(last.second)
+        for name in draw_clients(list(clients), participation, seed, number):
+            images, masks = clients[name].images, clients[name].masks
+            model.load_state_dict(last.global_state | kept.get(name, kept_at_start))
+            losses[name] = train_local(
+                model, images, masks, generator=seeded(seed, number, name),
+                proximal=training.proximal, **options)
+            local[name] = snapshot(model)  # w_k^t
+            check_finite(local[name], f"client {name} in round {number}")
+            kept[name] = {entry: local[name][entry] for entry in stays}
+            sizes.append(len(images))
+            if training.second is not None:
+                model.load_state_dict(second.get(name, start))
+                train_local(
+                    model, images, masks, generator=seeded(seed, number, name),
+                    proximal=training.second, anchor=last.global_state, **options)
+                second[name] = snapshot(model)
+                check_finite(second[name], f"second model of {name} in round {number}")
+        global_state = aggregate(list(local.values()), sizes)  # g^t (M1)
+        last = Round(number, global_state, local, kept, second, losses)
         yield last
 
 
-def seeded(seed: int, number: int, client: str) -> torch.Generator:
-    """Draws the order of a client's images in a round, or, for "all", who takes part in it."""
-    mixed = np.random.SeedSequence([seed, number, zlib.crc32(client.encode())])
-    return torch.Generator().manual_seed(int(mixed.generate_state(1)[0]))
+def staying_entries(model: nn.Module, stays: str) -> list[str]:
+    """The entries of the state that `Training.stays` means, found by the type of the layers."""
+    entries = list(model.state_dict())  # such as "head.weight"
+    if stays == "none":
+        return []
+    if stays == "all":
+        return entries
+    if stays == "head":
+        last_layer = entries[-1].rpartition(".")[0]
+        return [entry for entry in entries if entry.rpartition(".")[0] == last_layer]
+    if stays != "batchnorm":
+        raise ValueError(f"stays='{stays}' is not none, batchnorm, head or all")
+    norms = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            norms.append(name)
+    if not norms:
+        raise ValueError("stays='batchnorm': the model has no BatchNorm, so nothing would stay")
+    return [entry for entry in entries if entry.rpartition(".")[0] in norms]
 
 
-# ---------------------------------------------------------------- several processes (torchrun)
-def my_share(names: Iterable) -> list:
-    """Of the clients, or methods, those whose work is this process's; all without torchrun."""
-    several = dist.is_available() and dist.is_initialized()
-    return [*names][dist.get_rank()::dist.get_world_size()] if several else [*names]
+def draw_clients(names: list, participation: float, seed: int, number: int) -> list:
+    """The clients that take part in a round, at least one, in the order of `names`."""
+    count = max(1, round(participation * len(names)))
+    order = torch.randperm(len(names), generator=seeded(seed, number, "all"))
+    drawn = order[:count].sort().values
+    return [names[i] for i in drawn]
 
 
-def gather(mine: dict) -> dict:
-    """The dictionaries of all processes as one. All must call it; tensors lie on the CPU."""
-    parts = [mine]
-    if dist.is_available() and dist.is_initialized():
-        parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, mine)
-    return {name: value for part in parts for name, value in part.items()}
+def seeded(seed: int, number: int, client) -> torch.Generator:
+    """Draws the order of a client's images in a round or, for "all", who takes part in it.
+
+    client: the name, or whatever the clients are told apart by, such as a number.
+    """
+    name_as_number = zlib.crc32(str(client).encode())
+    mixed = np.random.SeedSequence([seed, number, name_as_number]).generate_state(1)
+    return torch.Generator().manual_seed(int(mixed[0]))
 
 
 # ---------------------------------------------------------------- evaluation (M9)
 @torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
     """Class indices (N, H, W) of images (N, C, H, W), by `model` in evaluation mode.
-    Raises ValueError where it has one output channel, or training has diverged."""
-    classes, dtype = [], next(model.parameters()).dtype
+
+    Raises ValueError if it has one output channel, FloatingPointError for logits that are not
+    finite.
+    """
+    model.eval()
+    dtype = next(model.parameters()).dtype
+    classes = []
     for batch in images.split(batch_size):
-        logits = model.eval()(batch.to(dtype))
-        if logits.shape[1] < 2 or not logits.isfinite().all():
-            raise ValueError("predict: logits are not finite, or of one channel alone")
+        logits = model(batch.to(dtype))
+        if logits.shape[1] < 2:
+            raise ValueError("predict: one output channel, of which every pixel's class would be 0")
+        if not logits.isfinite().all():
+            raise FloatingPointError("predict: logits are not finite; training may have diverged")
         classes.append(logits.argmax(dim=1))
     return torch.cat(classes)
 
@@ -252,69 +335,106 @@ def predict(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
 def dice(prediction: np.ndarray, target: np.ndarray) -> float:
     """2·|A ∩ B| / (|A| + |B|) of two boolean masks of one shape, in [0, 1]; both empty: 1."""
     size = int(prediction.sum()) + int(target.sum())
-    return 2 * int((prediction & target).sum()) / size if size else 1.0
+    if size == 0:
+        return 1.0
+    return 2 * int((prediction & target).sum()) / size
 
 
-def hd95_and_assd(prediction: np.ndarray, target: np.ndarray,
-                  spacing: Sequence[float]) -> tuple[float, float]:
-    """HD95, the larger of the two directed 95th percentiles of the distances between the surfaces,
-    and ASSD, the mean of both directions' distances pooled; in units of `spacing`.
-    Boolean masks (H, W) or (D, H, W) of one shape; spacing: one positive number an axis.
-    Both masks empty: nan. One empty: the diagonal of the field of view."""
+def hd95_and_assd(
+    prediction: np.ndarray, target: np.ndarray, spacing: Sequence[float]
+) -> tuple[float, float]:
+    """HD95 and ASSD of two boolean masks, (H, W) or (D, H, W), in units of `spacing`.
+
+    HD95: the larger of the two directed 95th percentiles of the distances between the surfaces.
+    ASSD: the mean of both directions' distances pooled. spacing: one positive number an axis.
+    Both masks empty: nan. One of them empty: the diagonal of the field of view.
+    """
     if prediction.shape != target.shape or len(spacing) != target.ndim:
         raise ValueError(f"masks of {prediction.shape} and {target.shape}, spacing {spacing}")
+    if not prediction.any() and not target.any():
+        return math.nan, math.nan
     if not prediction.any() or not target.any():
-        diagonal = float(np.linalg.norm(np.multiply(target.shape, spacing)))
-        return (diagonal, diagonal) if prediction.any() or target.any() else (np.nan, np.nan)
-    a, b = surface_points(prediction, spacing), surface_points(target, spacing)
-    to_b, to_a = nearest(a, b), nearest(b, a)
-    hd95 = max(np.percentile(to_b, 95), np.percentile(to_a, 95))
-    return float(hd95), float(np.concatenate([to_b, to_a]).mean())
+        sides = np.multiply(target.shape, spacing)
+        diagonal = float(np.linalg.norm(sides))
+        return diagonal, diagonal
+    predicted_surface = surface_points(prediction, spacing)
+    true_surface = surface_points(target, spacing)
+    to_truth = nearest(predicted_surface, true_surface)
+    to_prediction = nearest(true_surface, predicted_surface)
+    hd95 = max(np.percentile(to_truth, 95), np.percentile(to_prediction, 95))
+    assd = np.concatenate([to_truth, to_prediction]).mean()
+    return float(hd95), float(assd)
 
 
 def surface_points(mask: np.ndarray, spacing: Sequence[float]) -> Tensor:
-    """(points, axes): elements with a 4- (6-) neighbour outside the mask, or beyond the border."""
+    """(points, axes): the elements with a 4- (6-) neighbour outside the mask or the array."""
     padded = np.pad(mask, 1)
-    inside = padded.copy()
+    interior = padded.copy()
     for axis in range(mask.ndim):
-        inside &= np.roll(padded, 1, axis) & np.roll(padded, -1, axis)
-    surface = (padded & ~inside)[(slice(1, -1),) * mask.ndim]
-    return torch.from_numpy(np.argwhere(surface) * np.asarray(spacing, dtype=float))
+        interior &= np.roll(padded, 1, axis)
+        interior &= np.roll(padded, -1, axis)
+    points = np.argwhere(padded & ~interior) - 1  # without the padding
+    return torch.from_numpy(points * np.asarray(spacing, dtype=float))
 
 
 def nearest(points: Tensor, others: Tensor) -> np.ndarray:
     """The exact distance from each point to the nearest of the others."""
-    mode, found = "donot_use_mm_for_euclid_dist", []  # the faster matrix product rounds
-    for chunk in points.split(128):  # a few others bound the distance: those beyond need no look
-        bound = 1.000001 * torch.cdist(chunk, others[::32], compute_mode=mode).amin(dim=1).max()
-        low, high = chunk.amin(dim=0) - bound, chunk.amax(dim=0) + bound
-        close = others[((others >= low) & (others <= high)).all(dim=1)]
-        found.append(torch.cdist(chunk, close, compute_mode=mode).amin(dim=1))
-    return torch.cat(found).numpy()
+    exact = "donot_use_mm_for_euclid_dist"  # the faster matrix product rounds
+    distances = []
+    for chunk in points.split(128):
+        # No point is farther from its nearest than from the nearest of a few, so that all that
+        # lie outside this box need no look: of two large surfaces nearly all.
+        some = torch.cdist(chunk, others[::32], compute_mode=exact)
+        reach = 1.000001 * some.amin(dim=1).max()
+        above = others >= chunk.amin(dim=0) - reach
+        below = others <= chunk.amax(dim=0) + reach
+        close = others[(above & below).all(dim=1)]
+        to_close = torch.cdist(chunk, close, compute_mode=exact)
+        distances.append(to_close.amin(dim=1))
+    return torch.cat(distances).numpy()
 
 
-def evaluate(prediction: Tensor, masks: Tensor, cases: Sequence[str], structures: dict,
-             spacing: Sequence[float] | dict, distances: bool = True) -> list[dict]:
+def evaluate(
+    prediction: Tensor,
+    masks: Tensor,
+    cases: Sequence[str],
+    structures: dict[str, tuple[int, ...]],
+    spacing: dict[str, tuple[float, ...]],
+    distances: bool = True,
+) -> list[dict]:
     """Dice, HD95 and ASSD of each structure, per case, then averaged over the cases (M9).
-    prediction, masks: (N, H, W) class indices; cases: N names, the same for all slices of a volume.
-    structures: name → classes. spacing: (row, column) or (slice, row, column), by case or of all.
-    A row a structure; distances, None if off, count the cases with a mask that is not empty."""
-    spacing = spacing if isinstance(spacing, dict) else dict.fromkeys(cases, spacing)
-    prediction, masks, cases = prediction.cpu().numpy(), masks.cpu().numpy(), np.array(cases)
+
+    prediction, masks: (N, H, W) class indices. cases: N names, the same for all slices of a volume.
+    structures: name → its classes. spacing: case → (row, column) or (slice, row, column).
+    Returns a row for each structure. Distances count only cases where a mask is not empty; they
+    are None where there is no such case, or with distances=False.
+    """
+    prediction = prediction.cpu().numpy()
+    masks = masks.cpu().numpy()
     if prediction.shape != masks.shape or len(masks) != len(cases):
         raise ValueError(f"evaluate: {prediction.shape}, {masks.shape} and {len(cases)} cases")
     rows = []
     for structure, classes in structures.items():
-        scores, lengths = [], []
-        for case in dict.fromkeys(cases.tolist()):
-            chosen = cases == case
-            p, t = (np.isin(m[chosen], list(classes)) for m in (prediction, masks))
-            if len(spacing[case]) == 2 and len(p) == 1:
-                p, t = p[0], t[0]
-            scores.append(dice(p, t))
-            if distances and (p.any() or t.any()):
-                lengths.append(hd95_and_assd(p, t, spacing[case]))
-        hd95, assd = np.mean(lengths, axis=0).tolist() if lengths else (None, None)
-        rows.append({"structure": structure, "dice": float(np.mean(scores)), "hd95": hd95,
-                     "assd": assd, "cases": len(scores), "distance_cases": len(lengths)})
+        scores, lengths = [], []  # of each case; lengths: pairs of HD95 and ASSD
+        for case in dict.fromkeys(cases):
+            slices = [i for i, name in enumerate(cases) if name == case]
+            predicted = np.isin(prediction[slices], list(classes))
+            true = np.isin(masks[slices], list(classes))
+            if len(slices) == 1 and len(spacing[case]) == 2:  # an image, not a volume
+                predicted, true = predicted[0], true[0]
+            scores.append(dice(predicted, true))
+            if distances and (predicted.any() or true.any()):
+                lengths.append(hd95_and_assd(predicted, true, spacing[case]))
+        hd95, assd = None, None
+        if lengths:
+            hd95, assd = np.mean(lengths, axis=0).tolist()
+        row = {
+            "structure": structure,
+            "dice": float(np.mean(scores)),
+            "hd95": hd95,
+            "assd": assd,
+            "cases": len(scores),
+            "distance_cases": len(lengths),
+        }
+        rows.append(row)
     return rows

@@ -9,7 +9,7 @@ networks of one architecture (personalised ones first, the global one last) and 
 
 Part 1 is the method (M4 to M8 of README.md), by the published code where the paper leaves it open.
 Part 2 is ours: where routing starts, whose BatchNorm statistics it uses, and a leash against
-collapse. With AUTHORS and without `fit_to_site` no line of part 2 runs.
+collapse. With PUBLISHED and without `fit_to_site` no line of part 2 runs.
 """
 
 import copy
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RoutingSettings:
-    """The defaults are ours; AUTHORS is the published code. The loss terms are means over pixels:
+    """The defaults are ours; PUBLISHED is the published code. The loss terms are means over pixels:
     no weight depends on batch or image size."""
 
     softmax: bool = True  # routing weights sum to one; False: a sigmoid each, which do not
@@ -43,7 +43,7 @@ class RoutingSettings:
 
 # The published entropy is summed over a batch of 5 and weighted by 10: 25 times M8's mean. The
 # shape term, 10⁻⁶ times the 2-norm of M7's map, has about the gradient of 0.004 M7 at 384².
-AUTHORS = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics=True,
+PUBLISHED = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics=True,
                           consistency=0.1, shape=0.004, entropy=25.0, lr=1e-3, passes=10,
                           leash=None)
 

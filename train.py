@@ -1,22 +1,21 @@
-"""IOP-FL from start to finish: federated rounds, personalised models, routing outside, a report.
+"""IOP-FL from start to finish: federated rounds, personalised models, a hospital outside, a report.
 
-    python train.py                               simulated prostate MRI, the last hospital held out
+    python train.py                               simulated prostate MRI, the last hospital outside
     python train.py --task fundus                 simulated fundus photographs
     python train.py --root DIR --list             a look at folders of real images
     python train.py --root DIR --hold-out SITE    then train
-    python train.py --hold-out none --methods all    every hospital inside, against other methods
-    python train.py --hold-out all --methods all     each hospital outside in turn, likewise
-    python train.py --adapt RUN --images DIR      masks for images without labels, by a trained run
-    torchrun --nproc-per-node 4 train.py          the same, the work shared by four processes
+    python train.py --hold-out none --methods all-inside    every hospital inside, all methods
+    python train.py --hold-out all --methods all-outside    each hospital outside in turn
+    python train.py --resume runs/prostate        go on with a run that was interrupted
+    python train.py --resume runs/prostate --rounds 60 --methods tent    go on with a finished one
 
-A run that was interrupted goes on after its last whole round when the same command is given again
-with --resume. Exit status: 0 all went well, 1 a fault of files, data or machine, 2 wrong use; the
-environment variable IOPFL_TRACEBACK=1 shows where an error arose.
+Exit status: 0 all went well, 1 a file cannot be used or training diverged, 2 wrong use.
 """
 
 import argparse
 import copy
 import ctypes
+import io
 import json
 import math
 import os
@@ -24,922 +23,1054 @@ import platform
 import sys
 import time
 import warnings
-from contextlib import suppress
-from dataclasses import replace
-from datetime import timedelta
-from functools import lru_cache, partial
-from itertools import chain, product
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from torch import Tensor, nn
 
 import data
 import iopfl
 import router
-from iopfl import METHODS, Method, gather, my_share, with_state
 from models import UNet
-from router import AUTHORS, RoutingSettings
 
 
 # ---------------------------------------------------------------- the story
-def train(args, out: Path) -> int:
-    """Every federation that was asked for, then the report; what is finished is not done again."""
-    results, dataset_of = [], lru_cache(maxsize=1)(partial(load_dataset, args))
-    dataset = dataset_of(args.seeds[0])
-    hospitals = hold_outs(args.hold_out, [site.name for site in dataset.sites])
-    inside, outside = chosen_methods(args, hospitals[0])
-    open_run(args, out, dataset, hospitals, inside, outside)
-    for seed, hold_out, name in product(args.seeds, hospitals, inside):
-        print(f"\nseed {seed}, outside: {hold_out or 'none'}, {name}")
-        folder = out / folder_name(seed, hold_out, name)
-        if (folder / "rows.json").exists():
-            results.append(load(folder / "rows.json", dict, "rows", "routing", "seconds"))
-        else:
-            results.append(federation(args, dataset_of(seed), seed, hold_out, name, inside[name],
-                                      outside, folder))
-    report(args, out, dataset.unit, results)
-    return 0
+def main(argv: list[str] | None = None) -> None:
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    warnings.showwarning = show_warning
+    args = parse_arguments(argv)
+    try:
+        with autocast(args.device, args.precision):
+            if args.list:
+                look_at_images(args)
+            else:
+                run(args)
+    except KeyboardInterrupt:
+        stop("interrupted; --resume with the run's folder goes on after the last whole round", 130)
+    except FloatingPointError as error:  # training has diverged
+        stop(str(error), 1)
 
 
-def federation(args, dataset: data.DataSet, seed: int, hold_out: str | None, name: str,
-               method: Method, outside: dict, folder: Path) -> dict:
+def run(args: argparse.Namespace) -> None:
+    """Train every federation that was asked for, then report."""
+    prepare_torch(args)
+    dataset = load_dataset(args, args.seeds[0])
+    hold_outs = hospitals_to_hold_out(args.hold_out, dataset)
+    folder = open_run(args, dataset)
+    results = []
+    for seed in args.seeds:
+        if seed != args.seeds[0]:
+            dataset = load_dataset(args, seed)
+        for hold_out in hold_outs:
+            for way in ways_of_training(args.methods):
+                name = f"seed{seed}-{hold_out or 'all-inside'}-{way}"
+                result = federation(args, dataset, seed, hold_out, way, folder / name)
+                results.append(result)
+    report(args, dataset.unit, results, folder)
+
+
+def federation(args, dataset, seed: int, hold_out: str | None, way: str, folder: Path) -> dict:
     """One federation of all hospitals but one (M1, M2), then the one outside (M4 to M8).
-    Returns rows of results.json and what routing chose; `folder` holds them and the models."""
-    begin = tick = time.perf_counter()
-    file, device = folder / "last.pt", args.device
-    inside = [site for site in dataset.sites if site.name != hold_out]
-    clients = {site.name: site.train.to(device) for site in inside}
-    if name == "centralised":  # what no federation may do: one client has all images
-        clients = {"all": data.joined([site.train for site in inside]).to(device)}
-    model = UNet(dataset.channels, dataset.classes, args.width, args.depth, seeded(seed))
-    model = model.to(device, memory_format=torch.channels_last)
-    last = load(file, iopfl.Round) if file.exists() else None  # of a run that was interrupted
 
-    # Inside. A round: local training, the average, and each hospital's own model.
-    for last in iopfl.federate(model, clients, args.rounds, method, seed=seed, lr=args.lr,
-                               epochs=args.local_epochs, batch_size=args.batch_size,
-                               participation=args.participation, after=last):
-        save(file, vars(last))
-        left, tick = (time.perf_counter() - tick) * (args.rounds - last.number), time.perf_counter()
-        losses = "  ".join(f"{c} {loss:.3f}" for c, loss in [*last.losses.items()][:MOST_SHOWN])
-        print(f"round {last.number:3d}/{args.rounds}  Dice loss  {losses}  {left:4.0f} s left")
-    rows, chosen = score_inside(dataset, inside, model, last.own, last.global_state, name), {}
-    middle = time.perf_counter()
+    hold_out: a name, or None if all are inside. way: a key of TRAINING. `folder` gets the models
+    and rows.json, whose content is returned; methods that stand there already are left out.
+    """
+    result = load_result(folder / "rows.json", args.rounds)
+    methods = [name for name in methods_of(way, args.methods) if name not in result["methods"]]
+    if not methods:
+        return result
+    print(f"\nseed {seed}, outside: {hold_out or 'none'}, training: {way}")
+    begin = time.perf_counter()
+    sites = [site for site in dataset.sites if site.name != hold_out]
+    model = new_model(args, dataset, seed)
 
-    # Outside. The personalised models and, last, the global one, all frozen, are what is routed.
-    if hold_out is not None and name == "iopfl":
-        states = last.own | {"global": last.global_state}
-        models = {expert: with_state(model, state) for expert, state in states.items()}
-        site = next(site for site in dataset.sites if site.name == hold_out)
-        more, chosen = hospital_outside(dataset, site, models, outside, seed, device, folder)
-        rows += more
-    result = {"rows": [{**row, "seed": seed, "hold_out": hold_out} for row in rows],
-              "routing": chosen,
-              "seconds": {"inside": middle - begin, "outside": time.perf_counter() - middle}}
+    # Inside. A round: local training, the average, and each hospital's personalised model.
+    inside = load_progress(folder / "last.pt")
+    tick = time.perf_counter()
+    for last in rounds_of(args, model, sites, way, seed, after=inside.last):
+        inside.last = last
+        for name, local in last.local.items():
+            personal = inside.personal
+            personal[name] = iopfl.update_personal(personal.get(name), local, args.alpha)  # M2
+            inside.fine_tuned[name] = local  # the same with α = 0
+        inside.history.append(scores_of_round(args, dataset, sites, model, way, inside))
+        save_progress(folder / "last.pt", inside)
+        print_round(last, args.rounds, seconds=time.perf_counter() - tick)
+        tick = time.perf_counter()
+    draw_curves(inside.history, folder / "curves.png")
+    tell_absent(sites, way, inside)
+    rows = []
+    for method in methods:
+        if method in INSIDE:
+            rows += score_inside(args, dataset, sites, model, inside, method, "inside")
+            rows += score_inside(args, dataset, sites, model, inside, method, "validation")
+
+    # Outside. What is routed: the personalised models and, as the last one, the global model.
+    if hold_out and way == "plain":
+        models = routed_models(model, inside)
+        outside_rows, weights = hospital_outside(
+            args, dataset, hold_out, models, methods, seed, folder)
+        rows += outside_rows
+        result["routing"] |= weights
+    for row in rows:
+        row["seed"] = seed
+        row["hold_out"] = hold_out
+    result["rows"] += rows
+    result["methods"] += methods
+    result["history"] = inside.history
+    result["seconds"] += time.perf_counter() - begin
     save(folder / "rows.json", result)
     return result
 
 
-def hospital_outside(dataset, site: data.Site, models: dict[str, nn.Module], methods: dict,
-                     seed: int, device: str, folder: Path) -> tuple[list, dict]:
-    """What each method makes of the hospital held out, all of whose images are test images.
-    Returns rows and what routing chose; `folder` gets the adapted model and pictures."""
-    served, split = {}, site.everything.to(device)
-    for name in my_share(methods):
-        probabilities, network = methods[name]([*models.values()], split, seed)
-        prediction = probabilities.argmax(dim=1).cpu()
-        rows = score(dataset, site, split, prediction, "outside", name)
-        served[name] = {"rows": rows, "prediction": prediction}
-        if name == "routing":
-            served[name]["weights"] = mean_routing(network, split.images)
-            served[name]["state"] = iopfl.snapshot(network)
-    served, chosen = gather(served), {}
-    if "routing" in served:
-        routed = served["routing"]
-        save(folder / "adapted.pt", routed["state"])
-        draw_heat_map(routed["weights"], [*models], folder / "routing.png")
-        chosen = {"outside": site.name, "experts": [*models], "weights": routed["weights"]}
-        if "global" in served:
-            draw_outside(site.everything, dataset.structures, served["global"]["prediction"],
-                         routed["prediction"], folder / "outside.png")
-    return sum((served[name]["rows"] for name in methods), []), chosen
+def rounds_of(args, model, sites: list, way: str, seed: int, after: iopfl.Round | None):
+    """The rounds of a federation of these hospitals, beginning after the round `after` (M1)."""
+    clients = {site.name: site.train for site in sites}
+    if way == "centralised":  # what no federation may do: one client has all images
+        clients = {"all": data.joined(list(clients.values()))}
+    for name, split in clients.items():
+        clients[name] = split.to(args.device)
+    training = TRAINING[way]
+    if way == "plain" and "ditto" in args.methods:
+        training = WITH_DITTO
+    return iopfl.federate(
+        model, clients, args.rounds, training,
+        epochs=args.local_epochs, batch_size=args.batch_size, lr=args.lr,
+        participation=args.participation, seed=seed, after=after)
 
 
-def routing(models: list[nn.Module], split: data.Split, seed: int, *, settings=RoutingSettings(),
-            experts=slice(None), fit: dict | None = {}, rule=None, online=False, **changes):
-    """The models as one routed network (M4, M5), adapted to images without labels (M6 to M8).
-    settings and changes of them; experts: which models are routed; fit: options of
-    `router.fit_to_site`, None: without it, as published; rule: for the share of the site's
-    statistics, where all models are to tell it. Returns probabilities (N, C, H, W), network."""
-    images, settings = split.images.float(), replace(settings, **changes)
-    routed = router.build_routed(models[experts], settings, seeded(seed))
-    if fit is not None:
-        seen = images[:settings.batch_size] if online else images
-        if rule:
-            fit = {"share": rule(models, router.divergence(models[-1], seen)), **fit}
-        router.fit_to_site(routed, models[experts], seen, online=online, **fit)
-    generator = seeded(seed, images.device)
-    return router.adapt(routed, images, generator=generator, online=online), routed
+def routed_models(model: nn.Module, inside: "Inside") -> dict[str, nn.Module]:
+    """The personalised models by hospital and, as the last one, the global model."""
+    models = {}
+    for name, state in inside.personal.items():
+        models[name] = iopfl.with_state(model, state)
+    models["global"] = iopfl.with_state(model, inside.last.global_state)
+    return models
+
+
+def hospital_outside(args, dataset, name: str, models: dict, methods: list, seed, folder) -> tuple:
+    """What each method makes of the hospital held out; all its images are test images.
+
+    models: as `routed_models` returns them. Returns rows, and for each kind of routing its mean
+    weights by layer. `folder` gets the networks that routing has adapted, and pictures.
+    """
+    site = next(site for site in dataset.sites if site.name == name)
+    split = site.everything.to(args.device)
+    networks = list(models.values())
+    by_global = probabilities_of(models["global"], split.images).argmax(dim=1).cpu()
+    rows, weights = [], {}
+    for method in methods:
+        if method not in OUTSIDE:
+            continue
+        outcome = OUTSIDE[method](networks, split, seed)
+        prediction = outcome.probabilities.argmax(dim=1).cpu()  # (N, H, W)
+        rows += score(dataset, site, split, prediction, "outside", method)
+        if method.startswith("routing"):
+            weights[method] = mean_routing(outcome.routed, split.images)
+            save(folder / f"{method}.pt", iopfl.snapshot(outcome.routed))
+            draw_heat_map(weights[method], list(models), folder / f"{method}-weights.png")
+            draw_outside(site.everything, by_global, prediction, folder / f"{method}-masks.png")
+    return rows, weights
+
+
+# ---------------------------------------------------------------- methods inside
+# How the clients train in each kind of federation. Several methods are read off the plain one.
+TRAINING = {
+    "plain": iopfl.Training(),
+    "fedprox": iopfl.Training(proximal=0.001),  # Li et al. 2020
+    "fedbn": iopfl.Training(stays="batchnorm"),  # Li et al. 2021
+    "fedper": iopfl.Training(stays="head"),  # Arivazhagan et al. 2019
+    "local": iopfl.Training(stays="all"),
+    "centralised": iopfl.Training(),
+}
+WITH_DITTO = iopfl.Training(second=0.1)  # the plain federation, with Ditto's models beside it
+# Each method inside and the federation it is read off.
+INSIDE = {
+    "local": "local",
+    "fedavg": "plain",  # McMahan et al. 2017
+    "fedprox": "fedprox",
+    "fedbn": "fedbn",
+    "fedper": "fedper",
+    "ditto": "plain",  # Li et al. 2021
+    "fedavg-ft": "plain",  # fine-tuned: the last local model
+    "iopfl": "plain",
+    "centralised": "centralised",
+}
+
+
+@dataclass
+class Inside:
+    """What a federation has made so far; last.pt keeps it, so that an interrupted run goes on."""
+
+    last: iopfl.Round | None = None
+    personal: dict[str, iopfl.State] = field(default_factory=dict)  # p_k^t (M2)
+    fine_tuned: dict[str, iopfl.State] = field(default_factory=dict)  # the last w_k^t of each
+    history: list[dict] = field(default_factory=list)  # see `scores_of_round`
+
+
+def state_for(method: str, site: str, inside: Inside) -> iopfl.State:
+    """The state that serves a hospital inside; the shared one until it has a model of its own."""
+    shared = inside.last.model_of(site)
+    if method == "iopfl":
+        return inside.personal.get(site, shared)
+    if method == "fedavg-ft":
+        return inside.fine_tuned.get(site, shared)
+    if method == "ditto":
+        return inside.last.second.get(site, shared)
+    return shared
+
+
+def ways_of_training(methods: list[str]) -> list[str]:
+    """The federations that some methods need; each is trained once."""
+    return [way for way in TRAINING if methods_of(way, methods)]
+
+
+def methods_of(way: str, methods: list[str]) -> list[str]:
+    """Those of some methods that need this federation; methods outside route the plain one's."""
+    return [method for method in methods if INSIDE.get(method, "plain") == way]
 
 
 # ---------------------------------------------------------------- methods for a hospital outside
-# Each takes the models (the global one last), the hospital's images as a split and a seed; it
-# returns probabilities (N, C, H, W), or their sum over models, and the routed network or None.
-@torch.no_grad()
-def plain(models: list[nn.Module], split: data.Split):
-    """The sum of what the models say as they were trained."""
-    batches = split.images.split(32)
-    return sum(torch.cat([model(batch.float()).float().softmax(dim=1) for batch in batches])
-               for model in models), None
+class Outcome(NamedTuple):
+    probabilities: Tensor  # (N, C, H, W)
+    routed: router.RoutedNetwork | None = None
+
+
+# Each takes the models (the global one last), the hospital's images as a `data.Split`, and a seed.
+def global_model(models, split, seed):
+    return Outcome(probabilities_of(models[-1], split.images))
+
+
+def ensemble(models, split, seed):
+    """The mean of all models' probabilities."""
+    total = sum(probabilities_of(model, split.images) for model in models)
+    return Outcome(total / len(models))
+
+
+def average(models, split, seed):
+    """One model with the mean of all models' weights."""
+    states = [iopfl.snapshot(model) for model in models]
+    mean = iopfl.aggregate(states, weights=[1] * len(states))
+    model = iopfl.with_state(models[0], mean)
+    return Outcome(probabilities_of(model, split.images))
+
+
+def best_inside(models, split, seed):
+    """The personalised model whose BatchNorm statistics fit the images best."""
+    images = split.images.float()
+    distances = [router.divergence(model, images) for model in models[:-1]]
+    best = torch.stack(distances).argmin()
+    return Outcome(probabilities_of(models[best], images))
+
+
+def matched(models, split, seed):
+    """Our start alone: the models averaged by how well their statistics fit; no steps."""
+    images = split.images.float()
+    settings = router.RoutingSettings(passes=0)
+    routed = router.build_routed(models, settings, seeded(seed))
+    router.fit_to_site(routed, models, images, share=0.0)
+    return adapted(routed, images, seed)
+
+
+def bn(models, split, seed):
+    """The global model with the BatchNorm statistics of the hospital's images."""
+    images = split.images.float()
+    settings = router.RoutingSettings(passes=0)
+    routed = router.build_routed(models[-1:], settings, seeded(seed))
+    router.fit_to_site(routed, models[-1:], images, share=1.0)
+    return adapted(routed, images, seed)
+
+
+def tent(models, split, seed):
+    """Wang et al. 2021. With one expert nothing is routed: what moves is BatchNorm's affine."""
+    settings = router.RoutingSettings(
+        batch_statistics=True, entropy=1.0, consistency=0.0, shape=0.0,
+        lr=1e-3, passes=1, leash=None)
+    routed = router.build_routed(models[-1:], settings, seeded(seed))
+    return adapted(routed, split.images.float(), seed)
+
+
+def routing_published(models, split, seed):
+    """Routing with the settings of the published code, from a random start (M4 to M8)."""
+    routed = router.build_routed(models, router.PUBLISHED, seeded(seed))
+    return adapted(routed, split.images.float(), seed)
+
+
+def routing_ours(models, split, seed):
+    """Routing that starts where the models fit the images, then a few small steps on a leash."""
+    images = split.images.float()
+    routed = router.build_routed(models, router.RoutingSettings(), seeded(seed))
+    router.fit_to_site(routed, models, images)
+    return adapted(routed, images, seed)
 
 
 def oracle(models, split, seed):
-    """The ceiling: each half of the cases is predicted by the global model trained for ten epochs
-    on the labels of the other half."""
-    cases, generator = list(dict.fromkeys(split.cases)), seeded(seed)
-    chosen = torch.randperm(len(cases), generator=generator)[:len(cases) // 2].tolist()
-    half = [cases.index(case) in chosen for case in split.cases]
-    half, (found, _) = torch.tensor(half, device=split.images.device), plain(models[-1:], split)
-    for here, other in ((half, ~half), (~half, half)):
-        model, images = copy.deepcopy(models[-1]), split.images[other]
-        iopfl.train_local(model, images, split.masks[other], epochs=10, generator=generator)
-        found[here], _ = plain([model.eval()], data.Split(split.images[here], None, None))
-    return found, None
+    """The ceiling: ten epochs on the labels of one half of the cases, to predict the other half."""
+    generator = seeded(seed)
+    cases = list(dict.fromkeys(split.cases))
+    order = torch.randperm(len(cases), generator=generator)
+    half_of_cases = len(cases) // 2
+    drawn = [cases[i] for i in order[:half_of_cases]]
+    half = torch.tensor([case in drawn for case in split.cases])  # (N,)
+    probabilities = probabilities_of(models[-1], split.images)
+    for tested in (half, ~half):
+        model = copy.deepcopy(models[-1])
+        images, masks = split.images[~tested], split.masks[~tested]
+        iopfl.train_local(model, images, masks, epochs=10, generator=generator)
+        probabilities[tested] = probabilities_of(model.eval(), split.images[tested])
+    return Outcome(probabilities)
 
 
-GLOBAL, PERSONAL = slice(-1, None), slice(None, -1)
 OUTSIDE = {
-    "global": lambda models, split, seed: plain(models[-1:], split),
-    # The personalised model whose BatchNorm statistics fit the images best.
-    "best-inside": lambda models, split, seed: plain(
-        [min(models[:-1], key=lambda m: router.divergence(m, split.images.float()).item())], split),
-    "ensemble": lambda models, split, seed: plain(models, split),  # the mean of all probabilities
-    # The mean of all weights.
-    "average": lambda models, split, seed: plain([with_state(models[0], iopfl.aggregate(
-        [iopfl.snapshot(model) for model in models], [1] * len(models)))], split),
-    "matched": partial(routing, passes=0, fit={"share": 0.0}),
-    "bn": partial(routing, passes=0, experts=GLOBAL, fit={"share": 1.0}),
-    # One expert: nothing to route, what moves is BatchNorm's affine (Wang et al. 2021).
-    "tent": partial(routing, experts=GLOBAL, fit=None, batch_statistics=True, entropy=1.0,
-                    consistency=0.0, shape=0.0, lr=1e-3, passes=1, leash=None),
-    "routing": routing,
-    "routing-authors": partial(routing, settings=AUTHORS, fit=None),
+    "global": global_model,
+    "ensemble": ensemble,
+    "average": average,
+    "best-inside": best_inside,
+    "matched": matched,
+    "bn": bn,
+    "tent": tent,
+    "routing-published": routing_published,
+    "routing-ours": routing_ours,
     "oracle": oracle,
 }
-OUTSIDE_ABLATIONS = {
-    "no-steps": partial(routing, passes=0),
-    "no-shape": partial(routing, shape=0.0),  # consistency alone, since entropy is off
-    "no-consistency": partial(routing, consistency=0.0),  # shape alone
-    "with-entropy": partial(routing, entropy=0.1),
-    "entropy-alone": partial(routing, entropy=0.1, consistency=0.0, shape=0.0),
-    "sigmoid": partial(routing, softmax=False),
-    "site-routing": partial(routing, per_sample=False),
-    "batch": partial(routing, batch_statistics=True),
-    **{f"share={share}": partial(routing, fit={"share": share}) for share in (0.0, 0.25, 0.5, 1.0)},
-    "tolerance=0.02": partial(routing, rule=lambda _, D: float(1 / (1 + (0.02 / D) ** 4))),
-    "random-start": partial(routing, fit={"start": "random"}),
-    "uniform-start": partial(routing, fit={"start": "uniform"}),
-    "equal-start": partial(routing, fit={"global_prior": None}),  # the global model as any other
-    "global-only": partial(routing, experts=GLOBAL, rule=router.site_share),
-    "personal-only": partial(routing, experts=PERSONAL, rule=router.site_share,
-                             fit={"global_prior": None}),
-    "online": partial(routing, online=True),
-    **{f"passes={n}": partial(routing, passes=n) for n in (1, 10, 20)},
-    **{f"passes={n}-no-leash": partial(routing, passes=n, leash=None) for n in (1, 3, 10, 20)},
-}
-INSIDE = {**METHODS, "centralised": Method()}
-INSIDE_ABLATIONS = {f"alpha={a}": replace(METHODS["iopfl"], alpha=a)
-                    for a in (0.0, 0.1, 0.3, 0.5, 0.9)}
-INSIDE_ABLATIONS["global-alpha=0.7"] = Method(alpha=0.7)  # a control: the global model accumulated
-CEILINGS = {"centralised", "oracle"}  # know what no method may know
-KNOWN = [*INSIDE, *INSIDE_ABLATIONS, *OUTSIDE, *OUTSIDE_ABLATIONS]
-MOST_SHOWN = 12  # hospitals in pictures, tables and lines
-TORCHRUN = dist.is_available() and dist.is_torchelastic_launched()
-FIRST = not TORCHRUN or os.environ["RANK"] == "0"  # of several processes, the one that writes
-# Without autocast's cache, which would hold on to the weights of the first step.
-autocast = partial(torch.autocast, dtype=torch.bfloat16, cache_enabled=False)
+CEILINGS = ("centralised", "oracle")  # know what no method may know
 
 
-class WrongUse(ValueError):
-    """What was asked for cannot be done, whatever is in the files: exit status 2."""
+@torch.no_grad()
+def probabilities_of(model: nn.Module, images: Tensor) -> Tensor:
+    """Probabilities (N, C, H, W) of images (N, C_in, H, W), by a model as it was trained."""
+    probabilities = []
+    for batch in images.split(32):
+        logits = model(batch.float())
+        probabilities.append(logits.float().softmax(dim=1))
+    return torch.cat(probabilities)
 
 
-def hold_outs(choice: str | None, names: list[str]) -> list[str | None]:
-    """The hospitals to hold out in turn; None stands for a federation of all."""
-    if choice == "none":
-        return [None]
-    chosen = names if choice == "all" else [names[-1] if choice is None else choice]
-    if chosen[0] not in names or len(names) < 2:
-        raise WrongUse(f"--hold-out {choice or chosen[0]}: there are {', '.join(names)}; at least "
-                       "two are needed, one of them, or all, to hold out; with none all are inside")
-    return chosen
-
-
-def chosen_methods(args, hold_out: str | None) -> tuple[dict[str, Method], dict]:
-    """The methods inside and outside that --methods means; FedAvg comes with IOP-FL's federation,
-    which routing cannot do without."""
-    groups = {"all": OUTSIDE, "ablations": ["global", "routing", *OUTSIDE_ABLATIONS]}
-    if hold_out is None:
-        groups = {"all": INSIDE, "ablations": ["iopfl", *INSIDE_ABLATIONS]}
-    names = {name for chosen in args.methods for name in groups.get(chosen, [chosen])}
-    names |= {"iopfl"} if hold_out is not None else set()
-    names -= {"fedavg"} if "iopfl" in names else set()
-    inside = INSIDE | INSIDE_ABLATIONS | {"iopfl": replace(METHODS["iopfl"], alpha=args.alpha)}
-    outside = OUTSIDE | OUTSIDE_ABLATIONS
-    if args.authors:
-        outside["routing"] = OUTSIDE["routing-authors"]
-    inside = {name: method for name, method in inside.items() if name in names}
-    outside = {name: run for name, run in outside.items() if name in names}
-    asked = args.methods != OPTIONS["methods"][2]
-    if hold_out is None and (not inside or outside and asked):
-        raise WrongUse(f"--methods {' '.join(args.methods)}: not all are for hospitals inside")
-    return inside, outside if hold_out else {}
-
-
-# ---------------------------------------------------------------- what the story needs
-def seeded(seed: int, device="cpu") -> torch.Generator:
-    return torch.Generator(device).manual_seed(seed)
-
-
-def load_dataset(args, seed: int) -> data.DataSet:
-    if args.root:
-        return data.load_folder(args.root, args.size, args.mask_values, seed, args.skip_empty)
-    return data.simulate_sites(args.task, seed, args.size, args.images_per_site, args.sites)
-
-
-def folder_name(seed: int, hold_out: str | None, name: str) -> str:
-    return f"seed{seed}-{hold_out or 'all-inside'}-{name}"
-
-
-def score(dataset, site, split, prediction, phase: str, method: str) -> list[dict]:
-    """Rows of results.json for a prediction (N, H, W) of a split, one a structure."""
-    found = iopfl.evaluate(prediction, split.masks, split.cases, dataset.structures, site.spacing,
-                           distances=phase != "validation")
-    return [{"phase": phase, "method": method, "site": site.name, **row} for row in found]
-
-
-def score_inside(dataset, sites, model, own: dict, global_state: dict, method: str) -> list[dict]:
-    """Each hospital's own model on its images that did not train; beside IOP-FL the global one."""
-    scored, device = {site.name: [] for site in my_share(sites)}, next(model.parameters()).device
-    names = ["fedavg", method] if method == "iopfl" else [method]
-    for site, name in product(my_share(sites), names):
-        state = own.get(site.name, global_state) if name == method else global_state
-        for phase, split in (("inside", site.test), ("validation", site.validation)):
-            prediction = iopfl.predict(with_state(model, state), split.images.to(device))
-            scored[site.name] += score(dataset, site, split, prediction, phase, name)
-    scored = gather(scored)
-    return sum((scored[site.name] for site in sites), [])
+def adapted(routed: router.RoutedNetwork, images: Tensor, seed: int) -> Outcome:
+    """Tune a routed network on the images (M6 to M8), then predict them."""
+    generator = seeded(seed, images.device)
+    probabilities = router.adapt(routed, images, generator=generator)
+    return Outcome(probabilities, routed)
 
 
 @torch.no_grad()
 def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list[float]]:
     """The routing weights (M,) of each layer, mean over the images (N, C, H, W)."""
-    sums: dict[str, Tensor] = {}
+    sums = {}
     for batch in images.split(routed.settings.batch_size):
         routed(batch.float())
-        for name, weights in routed.routing:
-            sums[name] = sums.get(name, 0) + weights.sum(dim=0)
-    return {name: (total / len(images)).tolist() for name, total in sums.items()}
+        for layer, weights in dict(routed.routing).items():  # (batch, M)
+            sums[layer] = sums.get(layer, 0) + weights.sum(dim=0)
+    return {layer: (total / len(images)).tolist() for layer, total in sums.items()}
 
 
-# ---------------------------------------------------------------- saving and resuming
-def complain(text: str) -> None:
-    """One line on stderr, whatever the text holds."""
-    line = "".join(c if c.isprintable() else " " for c in text)
-    print(f"train.py: {' '.join(line.split())}", file=sys.stderr)
+# ---------------------------------------------------------------- what the story needs
+def seeded(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
+    return torch.Generator(device).manual_seed(seed)
 
 
-def save(path: Path, content: dict) -> None:
-    """All of it is on the disk under this name, or, whatever happens, what was there before."""
-    if not FIRST:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial_file = path.with_name(path.name + ".partial")
-    with open(partial_file, "wb") as file:
-        if path.suffix == ".pt":
-            torch.save(content, file)
-        else:
-            file.write(json.dumps(content, indent=1).encode())
-        file.flush()
-        os.fsync(file.fileno())
-    partial_file.replace(path)
+def new_model(args, dataset: data.DataSet, seed: int) -> UNet:
+    generator = seeded(seed)  # of the initial weights
+    model = UNet(dataset.channels, dataset.classes, args.width, args.depth, generator)
+    return model.to(args.device, memory_format=torch.channels_last)
 
 
-def load(path: Path, kind: type = dict, *keys: str):
-    """What `save` wrote, with these keys; nothing in the file is executed."""
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise ValueError(f"{path}: not a file")
-    try:
-        if path.suffix == ".pt":
-            return kind(**torch.load(path, map_location="cpu", weights_only=True))
-        found = json.loads(path.read_bytes())
-        return {key: found[key] for key in (*keys, *found)}
-    except OSError:
-        raise
-    except Exception as error:  # of many kinds: the archive, its index or a tensor may be wrong
-        way = "remove the folder" if path.name == "config.json" else "--overwrite begins anew"
-        raise ValueError(f"{path}: damaged, or not written by this script "
-                         f"({type(error).__name__}); {way}") from None
+def autocast(device: str, precision: str) -> torch.autocast:
+    """Around training and adapting: convolutions in bfloat16, if asked for."""
+    # The cache would hold on to the weights of the first step.
+    in_bf16 = precision == "bf16"
+    return torch.autocast(device, torch.bfloat16, enabled=in_bf16, cache_enabled=False)
 
 
-def open_run(args, out: Path, dataset, hospitals, inside: dict, outside: dict) -> None:
-    """Write config.json: all that decides about the results, so that the default written out, or
-    another spelling of a path, is not another setting."""
-    for count in (len(site.train.images) for site in dataset.sites):
-        if args.size <= 2**args.depth and count // -(-count // args.batch_size) == 1:
-            raise WrongUse("BatchNorm has nothing to measure in a batch of one image whose lowest "
-                           "level is one pixel; use a smaller --depth or another --batch-size")
-    config = {name: value for name, value in vars(args).items() if "*" in OPTIONS[name][0]}
-    config["root"] = args.root and str(Path(args.root).resolve())
-    config |= {name: value for name, value in vars(dataset).items() if name != "sites"}
-    config |= {"classes": dataset.classes, "content": dataset.fingerprint(), "hold_out": hospitals,
-               "inside": {name: vars(method) for name, method in inside.items()},
-               "outside": [*outside], "torch": torch.__version__, "numpy": np.__version__}
-    folders = [folder_name(*key) for key in product(args.seeds, hospitals, inside)]
-    files = ("last.pt", "rows.json", "adapted.pt", "routing.png", "outside.png")
-    config["files"] = ["results.json", "hospitals.png", "routing.png",
-                       *map("/".join, product(folders, files))]
-    if FIRST:
-        open_folder(args, out, config)
-    gather({})  # no process goes on before the folder is as it should be
-    draw_hospitals(dataset.sites[:MOST_SHOWN], out / "hospitals.png")
-    print(f"{len(dataset.sites)} sites, {dataset.kind}; {len(folders)} federations")
-
-
-def open_folder(args, out: Path, config: dict) -> None:
-    """Make `out` a new run of these settings, or one that goes on. config["files"]: what a run
-    writes beside config.json; the first of them is written last."""
-    config = json.loads(json.dumps({"program": "IOP-FL train.py", **config}))
-    for name in FOLDERS:
-        path = getattr(args, name)
-        if path and Path(path).resolve().is_relative_to(out):
-            raise WrongUse(f"--{name} {path} lies inside --out {out}; say another --out")
-    file, finished = out / "config.json", (out / config["files"][0]).exists()
-    before = load(file) if file.is_file() else {}
-    # A run that was killed at its very beginning has left no more than config.json.partial.
-    used = out.is_file() or out.is_dir() and any(p.suffix != ".partial" for p in out.iterdir())
-    if used and before.get("program") != config["program"]:
-        raise WrongUse(f"{out} holds other things than a run; say another --out")
-    if before and args.resume:
-        for name in before | config:
-            if before.get(name) != config.get(name):
-                raise WrongUse(f"{out} holds a run with another setting, {name} {before.get(name)} "
-                               f"instead of {config.get(name)}; say another --out or --overwrite")
-        return
-    if before and not args.overwrite:
-        way = "--overwrite" if finished or args.adapt else "--resume, --overwrite"
-        raise WrongUse(f"{out} holds a run; say {way} or another --out")
-    for path in (out / name for name in before.get("files", [])):
-        for old in (path, path.with_name(path.name + ".partial")):
-            if old.parent.resolve().is_relative_to(out):  # the list might be damaged
-                old.unlink(missing_ok=True)
-                with suppress(OSError):  # it holds foreign files, or is gone
-                    path.parent.rmdir()
-    save(file, config)
-
-
-# ---------------------------------------------------------------- tables
-def report(args, out: Path, unit: str, results: list[dict]) -> None:
-    """What routing chose, over all federations, as a picture; tables; results.json, the last."""
-    rows, chosen = [], {}
-    for result in results:
-        rows += result["rows"]
-        if found := result["routing"]:
-            means = np.mean([*found["weights"].values()], axis=0)  # over the layers
-            label = f"{found['outside']}, seed {rows[-1]['seed']}"
-            chosen[label] = dict(zip(found["experts"], means.tolist()))
-    models = sorted({*chain(*chosen.values())}, key=lambda name: (name == "global", name))
-    draw_heat_map({label: [means.get(name, np.nan) for name in models]
-                   for label, means in chosen.items()}, models, out / "routing.png")
-    seconds = {p: round(sum(r["seconds"][p] for r in results), 1) for p in ("inside", "outside")}
-    machine = {"python": sys.version.split()[0], "torch": torch.__version__, "device": args.device,
-               "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
-               "threads": torch.get_num_threads(), "peak_memory_mib": None}
-    with suppress(ImportError):  # Windows does not say
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        machine["peak_memory_mib"] = round(peak / (1024**2 if sys.platform == "darwin" else 1024))
-    save(out / "results.json", {"config": load(out / "config.json"), "machine": machine,
-                                "seconds": seconds, "rows": rows})
-    print(f"{tables(rows, unit)}\n\n{sum(seconds.values()):.0f} s, peak memory "
-          f"{machine['peak_memory_mib']} MiB. Models, pictures and results.json: {out}")
-
-
-def tables(rows: list[dict], unit: str) -> str:
-    """The whole report as text."""
-    parts = []
-    for phase, title, reference in (("inside", "test images", "iopfl"),
-                                    ("outside", "all images of the hospital held out", "routing")):
-        chosen = [row for row in rows if row["phase"] == phase]
-        methods = {row["method"] for row in chosen}
-        if chosen:
-            parts.append(f"{phase.capitalize()}, {title}, Dice in %\n{table(chosen, unit)}")
-        if len(methods) > 1 and reference in methods:
-            parts.append(compare(chosen, reference))
-    validation = grouped([row for row in rows if row["phase"] == "validation"], "dice", "method")
-    means = ", ".join(f"{m} {100 * np.mean(values):.1f}" for (m,), values in validation.items())
-    parts.append(f"Inside, validation images, mean Dice in %: {means}")
-    return "\n" + "\n\n".join(parts)
-
-
-def grouped(rows: list[dict], key: str, *names: str) -> dict[tuple, list[float]]:
-    """The values of `key`, by what the rows hold under `names`; None is left out."""
-    result: dict[tuple, list] = {}
-    for row in (row for row in rows if row[key] is not None):
-        result.setdefault(tuple(row[name] for name in names), []).append(row[key])
-    return result
-
-
-def table(rows: list[dict], unit: str) -> str:
-    """Dice in % by hospital, mean ± sample standard deviation over seeds; * marks the best of a
-    column, ceilings left out."""
-    methods, structures, seeds, sites = (list(dict.fromkeys(row[key] for row in rows))
-                                         for key in ("method", "structure", "seed", "site"))
-    columns = [("dice", [site], site) for site in sorted(sites) if 1 < len(sites) <= MOST_SHOWN]
-    columns += [("dice", sites, "mean" if len(sites) > 1 else sites[0]),
-                ("hd95", sites, f"HD95 {unit}"), ("assd", sites, f"ASSD {unit}")]
-    width = 2 + max(11 if len(seeds) > 1 else 7, *(len(title) for *_, title in columns))
-    lines = [" " * 33 + "".join(f"{title:>{width}}" for *_, title in columns)]
-    for group in [[s] for s in structures] + [structures] * (len(structures) > 1):
-        label = group[0] if len(group) == 1 else "mean"
-        texts = {m: f"{label:10.10} {m + ' (ceiling)' * (m in CEILINGS):22}" for m in methods}
-        for key, chosen, _ in columns:
-            own = [row for row in rows if row["structure"] in group and row["site"] in chosen]
-            by_seed = grouped(own, key, "method", "seed")
-            values = {m: [np.mean(by_seed.get((m, seed), np.nan)) for seed in seeds]
-                      for m in methods}
-            means = [np.mean(v) for m, v in values.items() if m not in CEILINGS]
-            means = [mean for mean in means if not np.isnan(mean)]
-            best = (max if key == "dice" else min)(means, default=None)
-            scale, digits = (100, 1) if key == "dice" else (1, 2)
-            for m, v in values.items():
-                spread = f"±{scale * np.std(v, ddof=1):.{digits}f}" if len(seeds) > 1 else ""
-                star = "*" if np.mean(v) == best and m not in CEILINGS else " "
-                texts[m] += f"{scale * np.mean(v):.{digits}f}{spread}{star}".rjust(width)
-        lines += texts.values()
-    valid, masks = (sum(row[key] for row in rows) for key in ("distance_cases", "cases"))
-    empty = "; in the others both are empty" * (valid < masks)
-    return "\n".join([*lines, f"HD95 and ASSD count {valid} of {masks} masks{empty}"])
-
-
-def compare(rows: list[dict], reference: str) -> str:
-    """The reference against each other method over all pairs (hospital, seed): mean, least and most
-    difference in points of Dice, wins, ties (below 0.1 points), losses, p of the sign test."""
-    dice = grouped(rows, "dice", "method", "site", "seed")
-    lines = [f"{reference + ' against':22}    mean   least    most   wins  ties  losses         p"]
-    for method in dict.fromkeys(row["method"] for row in rows if row["method"] != reference):
-        gains = 100 * np.array([np.mean(values) - np.mean(dice[(method, *pair)])
-                                for (owner, *pair), values in dice.items() if owner == reference])
-        wins, losses = int((gains >= 0.1).sum()), int((gains <= -0.1).sum())
-        spans = "".join(f"{gain:+8.2f}" for gain in (gains.mean(), gains.min(), gains.max()))
-        lines.append(f"{method:22}{spans}{wins:7}{len(gains) - wins - losses:6}{losses:8}"
-                     f"{sign_test(wins, losses):10.2g}")
-    return "\n".join(lines)
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Two-sided: how likely a split at least as uneven is by chance; ties left out."""
-    n = wins + losses
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(max(wins, losses), n + 1)) / 2**n)
-
-
-# ---------------------------------------------------------------- pictures
-GREEN, ORANGE, BLUE = (60, 220, 60), (255, 150, 0), (60, 150, 255)
-# Red, green, blue of 256 classes in turn: all different, the background black.
-PALETTE = (np.outer(np.arange(256), (37, 101, 173)) % 256).flatten().tolist()
-
-
-def spread(values: np.ndarray, count: int) -> np.ndarray:
-    """So many of the values, from the first to the last."""
-    return values[np.linspace(0, len(values) - 1, min(count, len(values))).round().astype(int)]
-
-
-def picture(image, contours: list[tuple] = (), size=(160, 160)) -> Image.Image:
-    """An image (C, H, W) as RGB of a size (width, height), with the outlines of every class of some
-    masks (H, W), each with its colour, the last on top."""
-    values = np.asarray(image, dtype=np.float32)
-    low, high = np.quantile(values, [0.005, 0.995])
-    values = 255 * np.clip((values - low) / max(high - low, 1e-6), 0, 1).astype(np.float32)
-    values = np.broadcast_to(values, (3, *values.shape[1:])).transpose(1, 2, 0).astype(np.uint8)
-    pixels = np.array(Image.fromarray(values).resize(size, Image.Resampling.BICUBIC))
-    for mask, colour in contours:
-        for level in range(1, int(mask.max()) + 1):
-            # A smoothed enlargement, cut at one half, has a clean outline.
-            region = Image.fromarray(255 * np.asarray(mask >= level, dtype=np.uint8))
-            region = region.resize(size, Image.Resampling.BICUBIC).point([0] * 128 + [255] * 128)
-            inner = region.filter(ImageFilter.MinFilter(3))
-            pixels[np.asarray(region) > np.asarray(inner)] = colour
-    return Image.fromarray(pixels)
-
-
-def draw_grid(cells: list[list], labels: list[str], titles: list[str], path: Path) -> None:
-    """Rows of pictures with a label at the left of each and titles above the columns."""
-    width, height = cells[0][0].width + 4, cells[0][0].height + 4
-    left, top = 150 * any(labels), 24 * any(titles)
-    size = left + max(map(len, cells)) * width, top + len(cells) * height
-    sheet, font = Image.new("RGB", size, "white"), ImageFont.load_default(13)
-    for column, title in enumerate(titles):
-        ImageDraw.Draw(sheet).text((left + column * width + 2, 4), title, "black", font)
-    for row, (label, pictures) in enumerate(zip(labels, cells)):
-        y = top + row * height
-        ImageDraw.Draw(sheet).text((6, y + height // 2 - 10), label, "black", font)
-        for column, cell in enumerate(pictures):
-            sheet.paste(cell, (left + column * width, y))
-    if FIRST:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        sheet.save(path)
-
-
-def draw_hospitals(sites: list[data.Site], path: Path) -> None:
-    """Training images of each hospital, the last two with their masks."""
-    count, cells = min(6, min(len(site.train.images) for site in sites)), []
-    for site in sites:
-        # Of volumes such slices as hold something, spread over the patients.
-        shown = (site.train.masks > 0).flatten(1).any(dim=1).nonzero()[:, 0].numpy()
-        shown = spread(shown if len(shown) >= count else np.arange(len(site.train.images)), count)
-        outlines = [[]] * (count - 2) + [[(site.train.masks[i], GREEN)] for i in shown[-2:]]
-        cells.append([picture(site.train.shown(i), o) for i, o in zip(shown, outlines)])
-    titles = [""] * (count - 2) + ["drawn by its annotator"]
-    draw_grid(cells, [site.name for site in sites], titles, path)
-
-
-def draw_outside(split: data.Split, structures: dict, before: Tensor, after: Tensor,
-                 path: Path) -> None:
-    """Six images from the greatest loss to the greatest gain by routing: truth, global, routed."""
-    scores, cells = [], []
-    for truth, *predictions in zip(split.masks, before, after):
-        scores.append([np.mean([*dices(p, truth, structures).values()]) for p in predictions])
-    order = spread(np.argsort(np.array(scores) @ [-1, 1], kind="stable"), 6)
-    for i in order:
-        truth, image = (split.masks[i], GREEN), split.shown(i)
-        outlines = ([], [truth], [truth, (before[i], ORANGE)], [truth, (after[i], BLUE)])
-        cells.append([picture(image, outline) for outline in outlines])
-    labels = [f"Dice {100 * scores[i][0]:.0f} to {100 * scores[i][1]:.0f}" for i in order]
-    draw_grid(cells, labels, ["image", "truth (green)", "global (orange)", "routed (blue)"], path)
-
-
-def dices(prediction, truth, structures: dict) -> dict[str, float]:
-    """Dice of each structure of two masks of one shape."""
-    return {name: iopfl.dice(np.isin(prediction, classes), np.isin(truth, classes))
-            for name, classes in structures.items()}
-
-
-def draw_heat_map(rows: dict[str, list], columns: list[str], path: Path) -> None:
-    """Numbers by row from white, the least, to blue, the largest; nan is grey. No rows: nothing."""
-    numbers = [value for values in rows.values() for value in values if not math.isnan(value)]
-    cells = []
-    for values in rows.values():
-        cells.append([Image.new("RGB", (72, 18), "lightgrey") for _ in values])
-        for cell, value in zip(cells[-1], values):
-            if not math.isnan(value):
-                share = (value - min(numbers)) / max(max(numbers) - min(numbers), 1e-6)
-                cell.paste((int(255 - 200 * share), int(255 - 130 * share), 255), (0, 0, 72, 18))
-                ImageDraw.Draw(cell).text((22, 3), f"{value:.2f}", "black")
-    if cells:
-        draw_grid(cells, [label[:22] for label in rows], [title[:11] for title in columns], path)
-
-
-# ---------------------------------------------------------------- a look at the images
-def show(args, out: Path) -> int:
-    """What is there: sites, cases, sizes, spacings, shares of the classes, and a gallery."""
-    dataset = load_dataset(args, args.seeds[0])
-    drawn = ", labels above 0 being prostate" if dataset.kind == "volumes" else ""
-    print(f"{len(dataset.sites)} sites, {dataset.kind}{drawn}; {dataset.channels} channels, "
-          f"classes 0 to {dataset.classes - 1}")
-    element = "resized voxel, mm" if dataset.unit == "mm" else "resized pixel"
-    shares = "".join(f"{f'class {c}, %':>12}" for c in range(dataset.classes))
-    print(f"{'':19}{'cases':>19}")
-    print(f"{'site':19}  train   val  test  images  {'size as read':26}{element:26}{shares}")
-    for site in dataset.sites:
-        split = site.everything
-        train, val, test = (len({*s.cases}) for s in (site.train, site.validation, site.test))
-        line = f"{site.name:19.18}{train:7}{val:6}{test:6}{len(split.cases):8}  "
-        for sizes in (site.shapes or [split.masks.shape[1:]], site.spacing.values()):
-            least, most = ("×".join(f"{n:.4g}" for n in size) for size in (min(sizes), max(sizes)))
-            line += f"{least if least == most else f'{least} … {most}':26}"
-        shares = torch.bincount(split.masks.flatten(), minlength=dataset.classes)
-        print(line + "".join(f"{100 * n / split.masks.numel():12.2f}" for n in shares.tolist()))
-    path = out.with_name(out.name + "-hospitals.png")
-    draw_hospitals(dataset.sites, path)
-    print(f"Images of each, the last two with their masks: {path}")
-    if args.save_images:  # of the last site, which a training holds out
-        folder = Path(args.save_images)
-        for number, mask in enumerate(split.masks.numpy()):
-            name = f"{split.cases[number]}.png"
-            planes = split.shown(number).numpy().transpose(1, 2, 0)
-            planes = np.interp(planes, (planes.min(), planes.max()), (0, 255)).astype(np.uint8)
-            for kind, pixels in (("images", planes.squeeze()), ("masks", mask)):
-                (folder / kind).mkdir(parents=True, exist_ok=True)
-                Image.fromarray(pixels).save(folder / kind / name)
-        print(f"Images and masks of {site.name}: {folder}")
-    return 0
-
-
-# ---------------------------------------------------------------- unlabelled images (--adapt)
-def open_trained(path: Path, device: str) -> tuple[dict, list, router.RoutedNetwork | None]:
-    """What is known of a run, and its models; of what --adapt wrote the routed network instead."""
-    runs = [folder for folder in (path, *sorted(path.glob("seed*")))
-            if folder.name.endswith("-iopfl") and (folder / "rows.json").exists()]
-    again = (path / "adapted.json").exists()
-    if not again and len(runs) != 1:
-        raise WrongUse(f"{path}: expected one finished federation of iopfl, found {len(runs)}"
-                       + "".join(f"; --adapt {folder}" for folder in runs[:6]))
-    keys = ("channels", "classes", "width", "depth", "size", "kind", "structures", "mask_values",
-            "precision", "authors", *["experts"] * again)
-    known = load(path / "adapted.json" if again else runs[0].parent / "config.json", dict, *keys)
-    model = UNet(known["channels"], known["classes"], known["width"], known["depth"])
-    model = model.to(device, memory_format=torch.channels_last)
-    if again:
-        settings = AUTHORS if known["authors"] else RoutingSettings()
-        routed = router.build_routed([model] * len(known["experts"]), settings)
-        routed.load_state_dict(load(path / "adapted.pt"))
-        routed.keep_start()
-        return known, [], routed
-    last = load(runs[0] / "last.pt", iopfl.Round)
-    seed = load(runs[0] / "rows.json", dict, "rows")["rows"][0]["seed"]
-    known |= {"experts": [*last.own, "global"], "seed": seed}
-    models = [with_state(model, state) for state in (*last.own.values(), last.global_state)]
-    return known, models, None
-
-
-def adapt_to_folder(args, out: Path) -> int:
-    """Masks, overlays and a report for a folder of unlabelled images; 1 if some were left out."""
-    begin, folder = time.perf_counter(), Path(args.images).resolve()
-    known, models, routed = open_trained(Path(args.adapt).resolve(), args.device)
-    if args.online and routed:
-        raise WrongUse(f"{args.adapt} was adapted before and is used as it is; leave out --online")
-    values = args.mask_values
-    if values and (known["kind"] == "volumes" or len(values) != known["classes"]):
-        raise WrongUse(f"--mask-values: one for each of the run's {known['classes']} classes; none "
-                       "for volumes, whose labels above 0 are prostate")
-    known["mask_values"] = values or known["mask_values"]
-    pairs = data.pairs_of(folder, args.masks and Path(args.masks).resolve(), strict=False)
-    if not pairs:
-        raise WrongUse(f"{folder}: no image; PNG, JPEG, TIFF, BMP, GIF and NIfTI are known")
-    if args.masks and not any(mask for _, mask in pairs):
-        complain(f"--masks {args.masks}: no mask has the name of an image")
-    files = ["adapted.json", "adapted.pt", "routing.png"]
-    files += chain.from_iterable(written(file) for file, _ in pairs)
-    open_folder(args, out, {"adapt": str(Path(args.adapt).resolve()), "images": str(folder),
-                            "files": files})
-    inputs = {}
-    for pair in pairs:
-        try:
-            inputs[pair] = torch.from_numpy(data.network_input(
-                pair[0], data.read_file(pair[0])[0], known["size"], known["channels"],
-                known["kind"]))
-        except (ValueError, OSError) as error:
-            complain(f"left out: {error}")
-    if not inputs:
-        raise ValueError(f"{folder}: none of the {len(pairs)} files can be used")
-
-    images = torch.cat([*inputs.values()]).to(args.device, memory_format=torch.channels_last)
-    with autocast(args.device, enabled=known["precision"] == "bf16"):
-        if routed:
-            probabilities = router.predict(routed, images)
-        else:
-            method = OUTSIDE["routing-authors" if known["authors"] else "routing"]
-            probabilities, routed = method(models, data.Split(images, None, None), known["seed"],
-                                           online=args.online)
-        overlaps, weights = agreements(routed, images, probabilities), mean_routing(routed, images)
-    rows, sizes = [], [len(own) for own in inputs.values()]
-    for pair, *found in zip(inputs, probabilities.split(sizes), overlaps.split(sizes)):
-        try:
-            rows.append(write_masks(*pair, *found, known, out))
-        except (ValueError, OSError) as error:  # it was there a moment ago
-            complain(f"left out: {error}")
-
-    draw_heat_map(weights, known["experts"], out / "routing.png")
-    chosen = dict(zip(known["experts"], np.mean([*weights.values()], axis=0).tolist()))
-    save(out / "adapted.pt", iopfl.snapshot(routed))
-    save(out / "adapted.json", known | {"chosen": chosen, "rows": rows})
-    shares = ", ".join(f"{name} {weight:.2f}" for name, weight in chosen.items())
-    print(f"What routing chose, mean over layers and images: {shares}")
-    for key in [*dict.fromkeys(chain(*rows))][1:]:  # without a mask no Dice
-        values = [row[key] for row in rows if key in row]
-        print(f"{key}: mean {np.mean(values):.3f}, least {min(values):.3f}, {len(values)} files")
-    print(f"{len(rows)} of {len(pairs)} files in {time.perf_counter() - begin:.0f} s: {out}")
-    return int(len(rows) < len(pairs))
-
-
-@torch.no_grad()
-def agreements(routed: router.RoutedNetwork, images: Tensor, probabilities: Tensor) -> Tensor:
-    """For each image overlap and size (N, 2) of the foreground in it and a noisy, turned view."""
-    generator, size, found = seeded(0, images.device), routed.settings.batch_size, []
-    for batch, p in zip(images.split(size), probabilities.split(size)):
-        p, q = 1 - p[:, 0], 1 - router.in_another_view(routed, batch, generator)[:, 0]
-        found.append(torch.stack([2 * p * q, p * p + q * q], dim=1).sum(dim=(2, 3)))
-    return torch.cat(found)
-
-
-def written(file: Path) -> tuple[str, str]:
-    """Where --adapt writes the mask and the overlay of an image or a volume."""
-    name, ending = data.stem(file), "nii.gz" if data.is_volume(file) else "png"
-    return f"masks/{name}.{ending}", f"overlays/{name}.png"
-
-
-def write_masks(file: Path, mask_file: Path | None, probabilities: Tensor, overlaps: Tensor,
-                known: dict, out: Path) -> dict:
-    """Mask and overlay of a file at its own size; its row of adapted.json, Dice if it has a mask.
-    probabilities (n, C, h, w), n: the slices of a volume or 1; overlaps (n, 2) of `agreements`."""
-    pixels, affine = data.read_file(file)
-    large = [nn.functional.interpolate(p[None], pixels.shape[1:3], mode="bilinear").argmax(dim=1)
-             for p in probabilities]  # one by one: at their own size all need much memory
-    mask = torch.cat(large).byte().cpu().numpy()  # (n, H, W)
-    overlap, size = overlaps.sum(dim=0).tolist()
-    row = {"file": file.name, "confidence": overlap / max(size, 1e-6),
-           "foreground": float((mask > 0).mean())}
-    try:
-        if mask_file:
-            truth = data.read_truth(mask_file, known["mask_values"], known["kind"], mask.shape,
-                                    known["classes"], affine)
-            scores = dices(mask, truth, known["structures"])
-            row |= {f"Dice {structure}": value for structure, value in scores.items()}
-    except (ValueError, OSError) as error:
-        complain(f"not scored: {error}")
-    target, overlay = (out / name for name in written(file))
-    for path in (target, overlay):
-        path.parent.mkdir(exist_ok=True)
-    if data.is_volume(file):
-        data.write_volume(target, mask, file)
-    else:
-        image = Image.fromarray(mask[0])
-        image.putpalette(PALETTE)
-        image.save(target)
-    filled, scale = np.flatnonzero(mask.any(axis=(1, 2))), min(1, 480 / max(mask.shape[1:]))
-    shown = spread(filled if len(filled) else np.arange(len(mask)), 6)
-    size = tuple(max(1, round(side * scale)) for side in mask.shape[:0:-1])
-    cells = [picture(pixels[i].transpose(2, 0, 1), [(mask[i], BLUE)], size) for i in shown]
-    titles = [f"slice {i}" for i in shown] if data.is_volume(file) else [""]
-    draw_grid([cells], [""], titles, overlay)
-    return row
-
-
-# ---------------------------------------------------------------- the command line
-# name: where it works ("t" training, "l" --list, "a" --adapt; "*": training, and it decides about
-# the results, so that --resume compares it), type, default, help, and the words, or the least and
-# the most, that are allowed.
-OPTIONS = {
-    "task": ("*l", str, "prostate", "which simulated hospitals", "prostate", "fundus"),
-    "root": ("*l", str, None, "folders of real images instead, one a site; layouts in README.md"),
-    "mask_values": ("*la", [int], None, "grey values of the classes in masks, background first"),
-    "size": ("*l", int, 96, "height and width of an image, in pixels", 1, 4096),
-    "sites": ("*l", int, 6, "number of simulated hospitals", 1, 10**6),
-    "images_per_site": ("*l", int, 60, "simulated: 60 per cent train, 15 validate", 4, 10**6),
-    "save_images": ("l", str, None, "folder for the last hospital's images and masks, as PNG"),
-    "skip_empty": ("*l", bool, False, "slices without prostate do not train"),
-    "list": ("l", bool, False, "show what the images are and end"),
-    "adapt": ("a", str, None, "a trained run, a folder seed… of it, or what --adapt wrote"),
-    "images": ("a", str, None, "with --adapt: folder of PNG, JPEG, TIFF, BMP, GIF or NIfTI files"),
-    "masks": ("a", str, None, "with --adapt: folder of masks of the same names, to report Dice"),
-    "online": ("a", bool, False, "with --adapt: one step a batch, as images come"),
-    "hold_out": ("*", str, None, "hospital outside: a name, all (in turn) or none; else the last"),
-    "seeds": ("*l", [int], [0], "one federation for each"),
-    "methods": ("t", [str], ["fedavg", "iopfl", "global", "average", "routing"],
-                f"all, ablations or some of {', '.join(KNOWN)}; all and ablations are those inside "
-                "with --hold-out none, else those outside"),
-    "rounds": ("*", int, 30, "federated rounds", 1, 10**6),
-    "participation": ("*", float, 1.0, "share of the hospitals in a round, drawn anew", 1e-12, 1),
-    "local_epochs": ("*", int, 1, "epochs of local training a round", 1, 10**6),
-    "batch_size": ("*", int, 5, "images a step of training", 1, 10**6),
-    "lr": ("*", float, 1e-3, "learning rate of Adam", 1e-12, 1000),
-    "alpha": ("*", float, METHODS["iopfl"].alpha, "what a personalised model keeps (M2)", 0, 1),
-    "width": ("*", int, 16, "channels of the U-Net's top level", 1, 1024),
-    "depth": ("*", int, 3, "levels of the U-Net below the top", 1, 10),
-    "authors": ("*", bool, False, "as published: 100 rounds, alpha 0.1 (if not given), AUTHORS"),
-    "device": ("*la", str, "auto", "where to compute", "auto", "cpu", "cuda"),
-    "precision": ("*", str, "fp32", "bf16: convolutions in bfloat16", "fp32", "bf16"),
-    "threads": ("*la", int, None, "on the CPU, a process; the same number: the same bits", 1, 1024),
-    "out": ("tla", str, None, "folder for models, pictures, results.json (default runs/<name>)"),
-    "resume": ("t", bool, False, "go on with the unfinished run of these settings"),
-    "overwrite": ("ta", bool, False, "remove the run that lies in --out first"),
-}
-FOLDERS = ("root", "images", "masks", "adapt")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> None:
-        raise WrongUse(f"{message}; --help shows all options")
-
-
-def parse_arguments(argv: list[str]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    argument_default=argparse.SUPPRESS, allow_abbrev=False)
-    for name, (_, kind, default, text, *allowed) in OPTIONS.items():
-        options = {"type": kind, "choices": allowed if kind is str and allowed else None}
-        if isinstance(kind, list):
-            options = {"type": kind[0], "nargs": "+"}
-        elif kind is bool:
-            options = {"action": "store_true"}
-        options["help"] = text + f" (default {default})" * bool(default)
-        parser.add_argument("--" + name.replace("_", "-"), **options)
-    given = vars(parser.parse_args(argv))
-    defaults = {name: default for name, (_, _, default, *_) in OPTIONS.items()}
-    published = {"rounds": 100, "alpha": 0.1} if given.get("authors") else {}
-    args = argparse.Namespace(**defaults | published | given)
-    check(args, given)
-    if args.device == "auto":
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    return args
-
-
-def check(args: argparse.Namespace, given: dict) -> None:
-    """WrongUse where an option does nothing, is out of range, or does not go with another."""
-    mode = "--adapt" if "adapt" in given else "--list" if "list" in given else "training"
-    idle = {"mask_values", "skip_empty"}
-    if args.root:
-        idle = {"task", "sites", "images_per_site", "save_images"}
-    for name, value in given.items():
-        (modes, kind, _, _, *allowed), flag = OPTIONS[name], "--" + name.replace("_", "-")
-        if mode.strip("-")[0] not in modes.replace("*", "t") or mode != "--adapt" and name in idle:
-            raise WrongUse(f"{flag} would do nothing here ({mode}); leave it out")
-        if kind in (int, float) and not allowed[0] <= value <= allowed[1]:
-            raise WrongUse(f"{flag} {value}: not in {allowed[0]} … {allowed[1]}")
-        if name in FOLDERS and not (value and Path(value).is_dir()):
-            raise WrongUse(f"{flag} {value}: no such folder")
-    unknown, values = {*args.methods} - {"all", "ablations", *KNOWN}, args.mask_values or [0, 1]
-    repeated = len({*args.seeds}) < len(args.seeds)
-    for wrong, message in (
-            (args.width * 2**args.depth > 2**13, f"--width, --depth: more than {2**13} channels"),
-            (unknown, f"--methods: {', '.join(sorted(unknown))} unknown; --help names them all"),
-            (not 0 <= min(args.seeds) <= max(args.seeds) < 2**32 or repeated,
-             "--seeds must be different numbers from 0 to 2^32 - 1"),
-            (not 1 < len({*values}) == len(values) <= 256,
-             "--mask-values must be 2 to 256 different numbers, one a class"),
-            (args.resume and args.overwrite, "--resume or --overwrite, not both"),
-            ((args.adapt is None) != (args.images is None), "--adapt and --images go together"),
-            (args.adapt and args.mask_values and not args.masks, "--mask-values goes with --masks"),
-            (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU"),
-            (args.save_images and Path(args.save_images).exists(), "--save-images: it exists"),
-            (args.out == "", "--out must not be empty")):
-        if wrong:
-            raise WrongUse(message)
-
-
-def join_processes(args) -> None:
-    """Where torchrun started this script several times: one group, each with its own GPU."""
-    if not TORCHRUN:
-        return
-    if args.adapt or args.list:
-        raise WrongUse("torchrun shares federations among processes; leave out --adapt and --list")
-    if args.device == "cuda":
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    beside = int(os.environ["LOCAL_WORLD_SIZE"])
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    args.threads = args.threads or max(1, cores // beside)  # torchrun leaves one
-    dist.init_process_group("gloo", timeout=timedelta(days=1))  # one that dies is noticed at once
-    if not FIRST:
-        warnings.simplefilter("ignore")
-        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+def prepare_torch(args) -> None:
+    """The same bits for the same number of threads; and no large block of memory given back."""
+    torch.set_num_threads(args.threads)
+    torch.backends.cudnn.deterministic = True
+    torch.backends.cudnn.allow_tf32 = False  # fp32 means fp32 in a GPU's convolutions too
+    keep_memory()
 
 
 def keep_memory() -> None:
-    """glibc returns large blocks to the system, and each page of the next one is a fault: keeping
-    them saves a tenth of training, and a third of adapting to large images."""
-    if platform.libc_ver()[0] == "glibc":
-        ctypes.CDLL(None).mallopt(-4, 0)  # M_MMAP_MAX: no blocks apart
-        ctypes.CDLL(None).mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: nothing is returned
+    """Tell glibc to keep what is freed instead of returning it to the system.
+
+    Each page that comes anew from the system is a fault: keeping them saves a tenth of training,
+    and a third of adapting to large images. Other C libraries are left as they are.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)  # no blocks apart
+    libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # nothing is returned
 
 
-def main(argv: list[str] | None = None) -> int:
-    warnings.showwarning = lambda message, *_: complain(str(message))
-    with suppress(AttributeError):  # not every stream can
-        # Names of files need not be text.
-        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+def load_dataset(args, seed: int) -> data.DataSet:
+    if not args.root:
+        return data.simulate_sites(args.task, seed, args.size, args.images_per_site)
     try:
-        args = parse_arguments(sys.argv[1:] if argv is None else argv)
-        join_processes(args)
-        torch.set_num_threads(args.threads or torch.get_num_threads())
-        torch.backends.cudnn.deterministic = True
-        args.threads = torch.get_num_threads()
-        keep_memory()
-        name = "adapted" if args.adapt else Path(args.root or args.task).resolve().name
-        out = Path(args.out or f"runs/{name}").resolve()
-        if args.adapt:
-            return adapt_to_folder(args, out)
-        with autocast(args.device, enabled=args.precision == "bf16"):
-            return show(args, out) if args.list else train(args, out)
-    except KeyboardInterrupt:
-        complain("interrupted; a training goes on when the same command is given with --resume")
-        return 130
-    except Exception as error:
-        if os.environ.get("IOPFL_TRACEBACK"):
-            raise
-        if not isinstance(error, (ValueError, OSError, ImportError)):
-            error = f"{type(error).__name__}: {error} (IOPFL_TRACEBACK=1 shows where)"
-        # Of several processes the first one tells what is wrong with the command.
-        if FIRST or not (isinstance(error, WrongUse) or "closed by peer" in str(error)):
-            complain(str(error))
-        return 2 if isinstance(error, WrongUse) else 1
+        return data.load_folder(args.root, args.size, args.mask_values, seed)
+    except (ValueError, OSError, ImportError) as error:  # they name the file and a way out
+        stop(str(error), 1)
+
+
+def hospitals_to_hold_out(choice: str | None, dataset: data.DataSet) -> list[str | None]:
+    """The hospitals that are outside in turn; [None]: a federation of all."""
+    names = [site.name for site in dataset.sites]
+    if choice == "none":
+        return [None]
+    if len(names) < 2:
+        stop(f"--hold-out: {names[0]} is the only hospital; use --hold-out none", 2)
+    if choice == "all":
+        return names
+    if choice is None:
+        return names[-1:]
+    if choice not in names:
+        stop(f"--hold-out {choice}: choose all, none or one of {', '.join(names)}", 2)
+    return [choice]
+
+
+def print_round(last: iopfl.Round, rounds: int, seconds: float) -> None:
+    """The losses of a round that took so many seconds, and the time that the others will take."""
+    losses = [f"{name} {loss:.3f}" for name, loss in last.losses.items()]
+    shown = "  ".join(losses[:MOST_SHOWN])
+    left = seconds * (rounds - last.number)
+    print(f"round {last.number:3}/{rounds}  Dice loss  {shown}  {left:4.0f} s left")
+
+
+def tell_absent(sites: list, way: str, inside: "Inside") -> None:
+    """Name the hospitals that no round has drawn, which --participation can bring about."""
+    absent = [site.name for site in sites if site.name not in inside.fine_tuned]
+    if absent and way != "centralised":
+        print(f"never took part, scored with the global model: {', '.join(absent)}")
+
+
+def stop(message: str, status: int) -> None:
+    """End with one line on stderr."""
+    show_warning(message)
+    sys.exit(status)
+
+
+def show_warning(message, *details) -> None:
+    """One line on stderr, without the place in the code that Python would add."""
+    text = " ".join(str(message).split())
+    print(f"{Path(sys.argv[0]).name}: {text}", file=sys.stderr)
+
+
+# ---------------------------------------------------------------- scores and tables
+MOST_SHOWN = 12  # hospitals in tables, pictures and lines
+
+
+def score(dataset, site, split, prediction, phase: str, method: str) -> list[dict]:
+    """Rows of results.json for a prediction (N, H, W) of a split, one a structure (M9)."""
+    rows = iopfl.evaluate(
+        prediction, split.masks, split.cases, dataset.structures, site.spacing,
+        distances=phase != "validation")
+    labels = {"phase": phase, "method": method, "site": site.name}
+    return [labels | row for row in rows]
+
+
+def score_inside(args, dataset, sites, model, inside, method: str, phase: str) -> list[dict]:
+    """Rows of each hospital's model on its images of the phase "inside" (test) or "validation"."""
+    rows = []
+    for site in sites:
+        split = site.test if phase == "inside" else site.validation
+        serving = iopfl.with_state(model, state_for(method, site.name, inside))
+        prediction = iopfl.predict(serving, split.images.to(args.device))
+        rows += score(dataset, site, split, prediction, phase, method)
+    return rows
+
+
+def scores_of_round(args, dataset, sites, model, way: str, inside: Inside) -> dict:
+    """The losses of the last round and, of every fifth, the mean validation Dice of methods."""
+    last = inside.last
+    entry = {"round": last.number, "losses": last.losses}
+    if last.number % 5 == 0:
+        entry["validation"] = {}
+        methods = ["fedavg", "iopfl"] if way == "plain" else [way]
+        for method in methods:
+            rows = score_inside(args, dataset, sites, model, inside, method, "validation")
+            mean = np.mean([row["dice"] for row in rows])
+            entry["validation"][method] = float(mean)
+    return entry
+
+
+def report(args, unit: str, results: list[dict], folder: Path) -> None:
+    """Print the tables and write results.json, the last file of a run."""
+    rows, history, seconds = [], [], 0
+    for result in results:
+        rows += result["rows"]
+        history.append(result["history"])
+        seconds += result["seconds"]
+    inside = [row for row in rows if row["phase"] == "inside"]
+    if inside:
+        print("\nInside, test images: Dice in %, * best that is no ceiling")
+        print(table(inside, unit))
+    outside = [row for row in rows if row["phase"] == "outside"]
+    if outside:
+        print("\nOutside, all images of the hospital held out: Dice in %")
+        print(table(outside, unit))
+    config = load(folder / "config.json")
+    machine = about_machine(args)
+    content = {"config": config, "machine": machine, "seconds": seconds}
+    save(folder / "results.json", content | {"history": history, "rows": rows})
+    peak = machine["peak_memory_mib"]
+    print(f"\n{seconds:.0f} s, at most {peak} MiB. Models, pictures and results.json: {folder}")
+
+
+def about_machine(args) -> dict:
+    """Versions, device and the peak of memory, MiB: a GPU's, or the process's if it is told."""
+    facts = {"python": platform.python_version(), "torch": torch.__version__}
+    facts |= {"device": args.device, "threads": args.threads, "gpu": None}
+    facts["peak_memory_mib"] = None
+    if args.device == "cuda":
+        facts["gpu"] = torch.cuda.get_device_name()
+        facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
+    elif os.name == "posix":
+        import resource
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        unit = 2**20 if sys.platform == "darwin" else 2**10
+        facts["peak_memory_mib"] = peak // unit
+    return facts
+
+
+def table(rows: list[dict], unit: str) -> str:
+    """A line for each structure and method: Dice by hospital, its mean, and mean distances."""
+    valid = sum(row["distance_cases"] for row in rows)
+    masks = sum(row["cases"] for row in rows)
+    if len(distinct(rows, "structure")) > 1:
+        rows = rows + [row | {"structure": "mean"} for row in rows]
+    sites = sorted(distinct(rows, "site"))
+    columns = []  # title, key of a row, hospitals
+    if len(sites) <= MOST_SHOWN:
+        columns = [(site, "dice", [site]) for site in sites]
+    if len(sites) > 1:
+        columns.append(("mean", "dice", sites))
+    columns.append((f"HD95 {unit}", "hd95", sites))
+    columns.append((f"ASSD {unit}", "assd", sites))
+    titles = [f"{title:>12}" for title, _, _ in columns]
+    lines = [" " * 33 + "".join(titles)]
+    for structure in distinct(rows, "structure"):
+        block = {}  # the line of each method
+        for method in distinct(rows, "method"):
+            name = f"{method} (ceiling)" if method in CEILINGS else method
+            block[method] = f"{structure:10.10} {name:22}"
+        for _, key, in_column in columns:
+            part = [row for row in rows if row["structure"] == structure]
+            part = [row for row in part if row["site"] in in_column]
+            part = [row for row in part if row[key] is not None]
+            cells = column_cells(part, key)
+            for method in block:
+                block[method] += f"{cells.get(method, '-'):>12}"
+        lines += block.values()
+    lines.append(f"HD95 and ASSD count {valid} of {masks} masks; in the others nothing is drawn")
+    return "\n".join(lines)
+
+
+def column_cells(rows: list[dict], key: str) -> dict[str, str]:
+    """By method: mean ± sample standard deviation over the seeds, a star at the best."""
+    means, spreads = {}, {}
+    for method in distinct(rows, "method"):
+        by_seed = {}
+        for row in rows:
+            if row["method"] == method:
+                by_seed.setdefault(row["seed"], []).append(row[key])
+        mean_of_seeds = [np.mean(values) for values in by_seed.values()]
+        means[method] = np.mean(mean_of_seeds)
+        if len(mean_of_seeds) > 1:
+            spreads[method] = np.std(mean_of_seeds, ddof=1)
+    rivals = [mean for method, mean in means.items() if method not in CEILINGS]
+    scale, digits = 1, 2
+    best = min(rivals, default=None)
+    if key == "dice":
+        scale, digits = 100, 1  # in %
+        best = max(rivals, default=None)
+    cells = {}
+    for method, mean in means.items():
+        cell = f"{scale * mean:.{digits}f}"
+        if method in spreads:
+            cell += f"±{scale * spreads[method]:.{digits}f}"
+        star = "*" if mean == best and method not in CEILINGS else " "
+        cells[method] = cell + star
+    return cells
+
+
+def distinct(rows: list[dict], key: str) -> list:
+    """The different values of a key, in the order in which they come."""
+    return list(dict.fromkeys(row[key] for row in rows))
+
+
+# ---------------------------------------------------------------- saving and resuming
+def open_run(args, dataset: data.DataSet) -> Path:
+    """The folder of the run, with config.json; of one that goes on the images must be the same."""
+    folder = Path(args.resume) if args.resume else new_folder(args)
+    fingerprint = dataset.fingerprint()
+    if args.resume:
+        before = load(folder / "config.json", "data")["data"]
+        if before["fingerprint"] != fingerprint:
+            stop(f"{folder}: the images are not those the run began with; start a new run", 1)
+    facts = dict(vars(dataset))
+    del facts["sites"]
+    facts["classes"] = dataset.classes
+    facts["fingerprint"] = fingerprint
+    settings = dict(vars(args))
+    del settings["resume"]
+    save(folder / "config.json", {"settings": settings, "data": facts})
+    draw_hospitals(dataset.sites[:MOST_SHOWN], folder / "hospitals.png")
+    device = args.device
+    if device == "cuda":
+        device = torch.cuda.get_device_name()
+    print(f"{len(dataset.sites)} hospitals, {dataset.kind}; on {device}; into {folder}")
+    return folder
+
+
+def new_folder(args) -> Path:
+    """--out, or the first of runs/<name>, runs/<name>-2, … that does not exist yet."""
+    if args.out:
+        return Path(args.out)
+    name = name_of_images(args)
+    folder = Path("runs") / name
+    number = 2
+    while folder.exists():
+        folder = Path("runs") / f"{name}-{number}"
+        number += 1
+    return folder
+
+
+def name_of_images(args) -> str:
+    if args.root:
+        return Path(args.root).name
+    return args.task
+
+
+def load_result(file: Path, rounds: int) -> dict:
+    """What rows.json tells of a federation of so many rounds; else what there is at the start."""
+    if file.exists():
+        result = load(file, "rounds", "methods", "rows", "routing", "history", "seconds")
+        if result["rounds"] == rounds:
+            return result
+    return {"rounds": rounds, "methods": [], "rows": [], "routing": {}, "history": [], "seconds": 0}
+
+
+def load_progress(file: Path) -> Inside:
+    """The last whole round of a federation that was interrupted, or the beginning."""
+    if not file.exists():
+        return Inside()
+    saved = load(file, "last", "personal", "fine_tuned", "history")
+    saved["last"] = iopfl.Round(**saved["last"])
+    return Inside(**saved)
+
+
+def save_progress(file: Path, inside: Inside) -> None:
+    save(file, vars(inside) | {"last": vars(inside.last)})
+
+
+def save(file: Path, content: dict) -> None:
+    """Write a .pt or .json file."""
+    buffer = io.BytesIO()
+    if file.suffix == ".pt":
+        torch.save(content, buffer)
+    else:
+        buffer.write(json.dumps(content, indent=1).encode())
+    write_whole(file, buffer)
+
+
+def write_whole(file: Path, buffer: io.BytesIO) -> None:
+    """Write a file: whatever happens, it is whole, or what it was before."""
+    partial = file.with_name(file.name + ".partial")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with open(partial, "wb") as stream:
+            stream.write(buffer.getbuffer())
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(file)
+    except OSError as error:  # the disk is full, say
+        partial.unlink(missing_ok=True)
+        stop(f"{file}: cannot be written ({error.strerror})", 1)
+
+
+def load(file: Path, *keys: str) -> dict:
+    """What `save` wrote, with these keys; nothing in the file is executed."""
+    try:
+        if file.suffix == ".pt":
+            content = torch.load(file, map_location="cpu", weights_only=True)
+        else:
+            content = json.loads(file.read_bytes())
+        for key in keys:
+            content[key]
+        return content
+    except Exception as error:  # of many kinds: the archive, its index or a tensor may be wrong
+        problem = f"{file}: missing, damaged or not of train.py ({type(error).__name__})"
+        stop(f"{problem}; delete it to compute it again, or start a new run", 1)
+
+
+# ---------------------------------------------------------------- pictures
+GREEN = (60, 220, 60)
+ORANGE = (255, 150, 0)
+BLUE = (60, 150, 255)
+SMOOTH = Image.Resampling.BICUBIC
+FONT = ImageFont.load_default(13)
+# Red, green and blue of 256 classes in turn: all different, the background black.
+PALETTE = (np.outer(np.arange(256), (37, 101, 173)) % 256).flatten().tolist()
+
+
+def draw_hospitals(sites: list[data.Site], file: Path) -> None:
+    """Six training images of each hospital, the last two with their masks."""
+    rows, labels = [], []
+    for site in sites:
+        split = site.train
+        holds_something = split.masks.flatten(1).any(dim=1)  # (N,)
+        numbers = holds_something.nonzero().flatten().tolist()
+        if not numbers:
+            numbers = list(range(len(split.masks)))
+        shown = spread(numbers, 6)
+        cells = []
+        for number in shown[:-2]:
+            image = split.shown(number)
+            cells.append(picture(image))
+        for number in shown[-2:]:
+            image = split.shown(number)
+            truth = (split.masks[number], GREEN)
+            cells.append(picture(image, [truth]))
+        rows.append(cells)
+        labels.append(site.name)
+    draw_grid(rows, labels, titles=[], file=file)
+
+
+def draw_outside(split: data.Split, before: Tensor, after: Tensor, file: Path) -> None:
+    """Six images from the greatest loss to the greatest gain: truth, global and routed model.
+
+    before, after: masks (N, H, W) by the global and by the routed model. Dice is that of the
+    whole foreground.
+    """
+    gains = []
+    for number, mask in enumerate(split.masks):
+        score_before = dice_of_foreground(before[number], mask)
+        score_after = dice_of_foreground(after[number], mask)
+        gains.append((score_after - score_before, number, score_before, score_after))
+    rows, labels = [], []
+    gains.sort()
+    for _, number, score_before, score_after in spread(gains, 6):
+        image = split.shown(number)
+        truth = (split.masks[number], GREEN)
+        by_global = (before[number], ORANGE)
+        by_routing = (after[number], BLUE)
+        row = [
+            picture(image),
+            picture(image, [truth]),
+            picture(image, [truth, by_global]),
+            picture(image, [truth, by_routing]),
+        ]
+        rows.append(row)
+        labels.append(f"Dice {100 * score_before:.0f} to {100 * score_after:.0f}")
+    titles = ["image", "truth (green)", "global (orange)", "routed (blue)"]
+    draw_grid(rows, labels, titles, file)
+
+
+def dice_of_foreground(prediction: Tensor, truth: Tensor) -> float:
+    predicted = (prediction > 0).numpy()
+    true = (truth > 0).numpy()
+    return iopfl.dice(predicted, true)
+
+
+def draw_heat_map(weights: dict[str, list], columns: list[str], file: Path) -> None:
+    """A row for each layer, a column for each model; from white (0) to blue (the largest)."""
+    largest = max(max(row) for row in weights.values())
+    rows = []
+    for row in weights.values():
+        cells = []
+        for weight in row:
+            red = 255 - int(200 * weight / largest)
+            green = 255 - int(130 * weight / largest)
+            cell = Image.new("RGB", (72, 18), (red, green, 255))
+            draw = ImageDraw.Draw(cell)
+            draw.text((22, 3), f"{weight:.2f}", fill="black")
+            cells.append(cell)
+        rows.append(cells)
+    titles = [name[:11] for name in columns]
+    draw_grid(rows, list(weights), titles, file)
+
+
+def draw_curves(history: list[dict], file: Path) -> None:
+    """Over the rounds the losses of local training, and the validation Dice of methods."""
+    losses, scores = {}, {}  # by name: points (round, value)
+    for entry in history:
+        number = entry["round"]
+        for name, loss in entry["losses"].items():
+            losses.setdefault(name, []).append((number, loss))
+        for method, mean in entry.get("validation", {}).items():
+            scores.setdefault(method, []).append((number, mean))
+    panels = [draw_lines(losses), draw_lines(scores)]
+    titles = ["Dice loss of local training", "mean Dice, validation images"]
+    draw_grid([panels], labels=[""], titles=titles, file=file)
+
+
+def draw_lines(lines: dict[str, list[tuple]]) -> Image.Image:
+    """A coordinate system for values from 0 to 1 over the rounds, with a line for each name."""
+    panel = Image.new("RGB", (480, 260), "white")
+    draw = ImageDraw.Draw(panel)
+    left, right, bottom, height = 40, 360, 230, 210
+    for value in (0, 0.25, 0.5, 0.75, 1):
+        y = bottom - height * value
+        draw.line([(left, y), (right, y)], "lightgrey")
+        draw.text((6, y - 8), f"{value:.2f}", "black", FONT)
+    rounds = [number for points in lines.values() for number, _ in points]
+    for number in {1, max(rounds, default=1)}:
+        x = left + (right - left) * number / max(rounds, default=1)
+        draw.text((x - 8, bottom + 8), str(number), "black", FONT)
+    for place, (name, points) in enumerate(list(lines.items())[:MOST_SHOWN]):
+        colour = tuple(PALETTE[3 * place + 3:3 * place + 6])
+        corners = []
+        for number, value in points:
+            x = left + (right - left) * number / max(rounds)
+            corners.append((x, bottom - height * value))
+        draw.line(corners, colour, width=2)
+        draw.text((right + 12, 10 + 18 * place), name[:14], colour, FONT)
+    return panel
+
+
+def picture(image, outlines=(), size: tuple = (160, 160)) -> Image.Image:
+    """An image (C, H, W) as RGB of a size (width, height), with outlines of masks.
+
+    outlines: pairs of a mask (H, W) of class indices and a colour; the last lies on top.
+    """
+    values = np.asarray(image, dtype=np.float32)
+    low, high = np.quantile(values, [0.005, 0.995])
+    values = (values - low) / max(high - low, 1e-6)
+    values = 255 * values.clip(0, 1)
+    if len(values) == 1:  # grey
+        values = values.repeat(3, axis=0)
+    pixels = values.transpose(1, 2, 0)  # (H, W, 3)
+    result = Image.fromarray(pixels.astype(np.uint8))
+    result = result.resize(size, SMOOTH)
+    for mask, colour in outlines:
+        mask = np.asarray(mask)
+        for level in range(1, mask.max() + 1):
+            result.paste(colour, mask=outline(mask >= level, size))
+    return result
+
+
+def outline(mask: np.ndarray, size: tuple) -> Image.Image:
+    """The outline of a boolean mask (H, W) as an image of a size (width, height)."""
+    large = Image.fromarray(255 * mask.astype(np.uint8))
+    large = large.resize(size, SMOOTH)
+    # Cut at one half, a smooth enlargement is rounder than the mask's own pixels.
+    region = np.asarray(large) > 127
+    eroded = Image.fromarray(region).convert("L")
+    eroded = eroded.filter(ImageFilter.MinFilter(3))
+    interior = np.asarray(eroded) > 0
+    return Image.fromarray(region & ~interior)
+
+
+def draw_grid(rows: list[list], labels: list[str], titles: list[str], file: Path) -> None:
+    """Rows of pictures of one size, a label at the left of each, titles above the columns."""
+    width = rows[0][0].width + 4
+    height = rows[0][0].height + 4
+    left = 150 if any(labels) else 0
+    top = 24 if titles else 0
+    columns = max(len(row) for row in rows)
+    total_width = left + columns * width
+    total_height = top + len(rows) * height
+    sheet = Image.new("RGB", (total_width, total_height), "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, title in enumerate(titles):
+        x = left + column * width
+        draw.text((x, 4), title, "black", FONT)
+    for number, row in enumerate(rows):
+        y = top + number * height
+        middle = y + height // 2 - 10
+        draw.text((6, middle), labels[number][:22], "black", FONT)
+        for column, cell in enumerate(row):
+            x = left + column * width
+            sheet.paste(cell, (x, y))
+    buffer = io.BytesIO()
+    sheet.save(buffer, file.suffix[1:])
+    write_whole(file, buffer)
+
+
+def spread(values: list, count: int) -> list:
+    """So many of the values, evenly from the first to the last."""
+    count = min(count, len(values))
+    last = len(values) - 1
+    places = np.linspace(0, last, count).round()
+    return [values[int(place)] for place in places]
+
+
+# ---------------------------------------------------------------- a look at the images
+def look_at_images(args) -> None:
+    """Print what each hospital has, and draw some of its images."""
+    dataset = load_dataset(args, args.seeds[0])
+    print(f"{len(dataset.sites)} hospitals, {dataset.kind}, {dataset.channels} channels")
+    for site in dataset.sites:
+        parts = {"train": site.train, "validation": site.validation, "test": site.test}
+        counts = [f"{len(set(part.cases))} {name}" for name, part in parts.items()]
+        masks = site.everything.masks
+        pixels = torch.bincount(masks.flatten(), minlength=dataset.classes)
+        percent = 100 * pixels / masks.numel()
+        shares = [f"{share:.2f}" for share in percent.tolist()]
+        print(f"{site.name}: {len(masks)} images; cases: {', '.join(counts)}")
+        if site.shapes:
+            print(f"    sizes as read    {extent(site.shapes)}")
+        print(f"    resized pixels   {extent(site.spacing.values())} {dataset.unit}")
+        print(f"    classes          {', '.join(shares)} % of all pixels")
+    file = Path(args.out or "runs") / f"{name_of_images(args)}-hospitals.png"
+    draw_hospitals(dataset.sites[:MOST_SHOWN], file)
+    print(f"Some images of each hospital, the last two with their masks: {file}")
+
+
+def extent(sizes) -> str:
+    """The least and the most of some sizes, as text."""
+    texts = []
+    for size in sorted({min(sizes), max(sizes)}):
+        texts.append(" × ".join(f"{length:.4g}" for length in size))
+    return " to ".join(texts)
+
+
+# ---------------------------------------------------------------- the command line
+class Parser(argparse.ArgumentParser):
+    def __init__(self, description: str):
+        as_written = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=as_written, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        stop(f"{message}; --help shows all options", 2)
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = Parser(__doc__)
+    images = parser.add_argument_group("images")
+    add = images.add_argument
+    add("--task", choices=data.TASKS, default="prostate", help="what is simulated (prostate)")
+    add("--root", help="folders of real images instead, one a hospital (README.md)")
+    add("--mask-values", type=int, nargs="+", help="grey values of the classes in their masks")
+    add("--size", type=int, default=96, help="height and width of an image (96)")
+    add("--images-per-site", type=int, default=60, help="simulated: 60 %% train (60)")
+    add("--list", action="store_true", help="show what the images are and end")
+    training = parser.add_argument_group("training")
+    add = training.add_argument
+    add("--methods", nargs="+", help=f"all-inside, all-outside, {', '.join([*INSIDE, *OUTSIDE])}")
+    add("--hold-out", help="the hospital outside: a name, all (in turn) or none; else the last")
+    add("--seeds", type=int, nargs="+", help="one federation each (0)")
+    add("--rounds", type=int, help="federated rounds (30)")
+    add("--participation", type=float, default=1.0, help="share of the hospitals in a round (1)")
+    add("--local-epochs", type=int, default=1, help="epochs of local training in a round (1)")
+    add("--batch-size", type=int, default=5, help="images in a step of training (5)")
+    add("--lr", type=float, default=1e-3, help="learning rate of Adam (0.001)")
+    add("--alpha", type=float, help="what a personalised model keeps of itself, M2 (0.7)")
+    add("--width", type=int, default=16, help="channels of the U-Net's top level (16)")
+    add("--depth", type=int, default=3, help="levels of the U-Net below the top (3)")
+    add("--published", action="store_true", help="100 rounds, alpha 0.1, published routing alone")
+    machine = parser.add_argument_group("machine and files")
+    add = machine.add_argument
+    add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="a GPU if there is one")
+    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of convolutions (fp32)")
+    add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
+    add("--out", help="a new or empty folder (runs/<name>, runs/<name>-2 …)")
+    add("--resume", metavar="DIR", help="go on with the run in this folder, with its settings; "
+        "beside it more --rounds, --seeds, --methods, or another --root of the same images")
+    args = parser.parse_args(argv)
+    if args.resume:
+        args = settings_of_run(args, parser)
+    fill_in_defaults(args)
+    check(args, parser)
+    return args
+
+
+def settings_of_run(args, parser: Parser) -> argparse.Namespace:
+    """The settings of the run in --resume, with what was given beside it."""
+    folder = Path(args.resume).expanduser()
+    saved = load(folder / "config.json", "settings")["settings"]
+    defaults = vars(parser.parse_args(["--resume", args.resume]))
+    if saved.keys() != defaults.keys() - {"resume"}:
+        stop(f"{folder}: the run is of another version of train.py", 1)
+    given = {}
+    for name, value in vars(args).items():
+        if value != defaults[name]:
+            given[name] = value
+    if given.keys() - {"rounds", "seeds", "methods", "root"}:
+        parser.error("beside --resume only --rounds, --seeds, --methods and --root may be given")
+    if given.get("rounds", saved["rounds"]) < saved["rounds"]:
+        parser.error(f"--rounds: the run has {saved['rounds']} already")
+    if "ditto" in given.get("methods", []) and "ditto" not in saved["methods"]:
+        parser.error("--methods: ditto has models from the first round on; start a new run")
+    for name in ("seeds", "methods"):
+        given[name] = saved[name] + given.get(name, [])
+    return argparse.Namespace(**saved | given | {"resume": str(folder)})
+
+
+def fill_in_defaults(args) -> None:
+    """Defaults that depend on other options, and what is short for something longer."""
+    if args.rounds is None:
+        args.rounds = 100 if args.published else 30
+    if args.alpha is None:
+        args.alpha = 0.1 if args.published else 0.7
+    if args.device == "auto":
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    for name in ("root", "out"):
+        if getattr(args, name):
+            path = Path(getattr(args, name)).expanduser()
+            setattr(args, name, str(path.resolve()))
+    if args.methods is None:
+        args.methods = ["fedavg", "iopfl"]
+        if args.hold_out != "none":
+            args.methods += ["global", "average", "routing-published", "routing-ours"]
+        if args.published:
+            args.methods.remove("routing-ours")
+    if "all-inside" in args.methods:
+        args.methods += INSIDE
+    if "all-outside" in args.methods:
+        args.methods += OUTSIDE
+    groups = ("all-inside", "all-outside")
+    names = dict.fromkeys(args.methods)  # each once
+    args.methods = [name for name in names if name not in groups]
+    args.seeds = list(dict.fromkeys(args.seeds or [0]))
+
+
+def check(args, parser: Parser) -> None:
+    """One line and exit status 2 where an option makes no sense."""
+    for name in ("size", "rounds", "local_epochs", "batch_size", "width", "depth", "threads"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+    if args.images_per_site < 4:
+        parser.error("--images-per-site must be at least 4: train, validation and test")
+    if args.size <= 2**args.depth:
+        parser.error(f"--size must be above {2**args.depth} pixels, which --depth makes one")
+    if args.width * 2**args.depth > 2**13:
+        parser.error(f"--width and --depth: more than {2**13} channels at the lowest level")
+    if not args.lr > 0:
+        parser.error("--lr must be above 0")
+    if not 0 < args.participation <= 1:
+        parser.error("--participation must be above 0 and at most 1")
+    if not 0 <= args.alpha <= 1:
+        parser.error("--alpha must lie between 0 and 1")
+    if min(args.seeds) < 0 or max(args.seeds) >= 2**32:
+        parser.error("--seeds must lie between 0 and 2^32 - 1")
+    if args.mask_values and not args.root:
+        parser.error("--mask-values goes with --root")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda: no GPU was found")
+    for method in args.methods:
+        if method not in INSIDE and method not in OUTSIDE:
+            parser.error(f"--methods: {method} is unknown")
+        if method in OUTSIDE and args.hold_out == "none":
+            parser.error(f"--methods: {method} needs a hospital outside")
+    if args.root and not Path(args.root).is_dir():
+        parser.error(f"--root {args.root}: no such folder")
+    if args.out and not args.resume and not args.list:
+        check_out(Path(args.out), args.root, parser)
+
+
+def check_out(out: Path, root: str | None, parser: Parser) -> None:
+    """An --out must be new or empty, and not among the images."""
+    if root and out.is_relative_to(root):
+        parser.error(f"--out {out} lies inside --root")
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        parser.error(f"--out {out}: not empty; name another, or go on with --resume {out}")
 
 
 if __name__ == "__main__":
-    status = main()
-    sys.stdout.flush()
-    if TORCHRUN:  # threads of gloo may crash in an orderly end
-        os._exit(status)
-    sys.exit(status)
+    main()
