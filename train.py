@@ -119,6 +119,7 @@ def federation(args, dataset, seed: int, hold_out: str | None, way: str, folder:
     for row in rows:
         row["seed"] = seed
         row["hold_out"] = hold_out
+    result |= {"seed": seed, "hold_out": hold_out}
     result["rows"] += rows
     result["methods"] += methods
     result["history"] = inside.history
@@ -503,7 +504,8 @@ def report(args, unit: str, results: list[dict], folder: Path) -> None:
     rows, history, seconds = [], [], 0
     for result in results:
         rows += result["rows"]
-        history.append(result["history"])
+        about = {key: result[key] for key in ("seed", "hold_out", "methods")}
+        history.append(about | {"rounds": result["history"]})
         seconds += result["seconds"]
     inside = [row for row in rows if row["phase"] == "inside"]
     if inside:
@@ -649,7 +651,8 @@ def name_of_images(args) -> str:
 def load_result(file: Path, rounds: int) -> dict:
     """What rows.json tells of a federation of so many rounds; else what there is at the start."""
     if file.exists():
-        result = load(file, "rounds", "methods", "rows", "routing", "history", "seconds")
+        result = load(file, "seed", "hold_out", "rounds", "methods", "rows", "routing", "history",
+                      "seconds")
         if result["rounds"] == rounds:
             return result
     return {"rounds": rounds, "methods": [], "rows": [], "routing": {}, "history": [], "seconds": 0}
@@ -887,8 +890,12 @@ def draw_grid(rows: list[list], labels: list[str], titles: list[str], file: Path
         for column, cell in enumerate(row):
             x = left + column * width
             sheet.paste(cell, (x, y))
+    save_image(sheet, file)
+
+
+def save_image(image: Image.Image, file: Path) -> None:
     buffer = io.BytesIO()
-    sheet.save(buffer, file.suffix[1:])
+    image.save(buffer, file.suffix[1:])
     write_whole(file, buffer)
 
 
@@ -1067,7 +1074,7 @@ def check(args, parser: Parser) -> None:
 def check_out(out: Path, root: str | None, parser: Parser) -> None:
     """An --out must be new or empty, and not among the images."""
     if root and out.is_relative_to(root):
-        parser.error(f"--out {out} lies inside --root")
+        parser.error(f"--out {out} lies among the images")
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         parser.error(f"--out {out}: not empty; name another, or go on with --resume {out}")
 

@@ -1,0 +1,188 @@
+"""What the parts of the method are worth: variants of them on the models of finished runs.
+
+    python train.py --hold-out all --seeds 0 1 2 --out runs/outside
+    python -m examples.ablations runs/outside      routing, on the saved models
+    python train.py --hold-out none --seeds 0 1 2 --out runs/inside
+    python -m examples.ablations runs/inside       α inside: one federation a seed is trained again
+
+Prints for each variant its mean Dice and its difference to our method in points: mean, least and
+most over all hospitals and seeds; wins, ties (below 0.1 points) and losses; p of the sign test.
+"""
+
+import argparse
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import iopfl
+import router
+import train
+from examples.adapt_folder import load_models
+
+# Changes of the settings, of where routing starts (`fit`), of what is routed, or of the order.
+ROUTING = {
+    "routing-ours": {},
+    "no steps": {"settings": {"passes": 0}},
+    "no shape": {"settings": {"shape": 0.0}},  # consistency alone, since entropy is off
+    "no consistency": {"settings": {"consistency": 0.0}},  # shape alone
+    "with entropy": {"settings": {"entropy": 0.1}},
+    "entropy alone": {"settings": {"entropy": 0.1, "consistency": 0.0, "shape": 0.0}},
+    "sigmoid": {"settings": {"softmax": False}},
+    "one routing a site": {"settings": {"per_sample": False}},
+    "batch statistics": {"settings": {"batch_statistics": True}},
+    "share 0": {"fit": {"share": 0.0}},
+    "share 1/4": {"fit": {"share": 0.25}},
+    "share 1/2": {"fit": {"share": 0.5}},
+    "share 1": {"fit": {"share": 1.0}},
+    "random start": {"fit": {"start": "random"}},
+    "uniform start": {"fit": {"start": "uniform"}},
+    "no global prior": {"fit": {"global_prior": None}},  # the global model as any other
+    "global only": {"experts": "global"},
+    "personal only": {"experts": "personal", "fit": {"global_prior": None}},
+    "online": {"online": True},
+    "1 pass": {"settings": {"passes": 1}},
+    "10 passes": {"settings": {"passes": 10}},
+    "20 passes": {"settings": {"passes": 20}},
+    "1 pass, no leash": {"settings": {"passes": 1, "leash": None}},
+    "3 passes, no leash": {"settings": {"leash": None}},
+    "10 passes, no leash": {"settings": {"passes": 10, "leash": None}},
+    "20 passes, no leash": {"settings": {"passes": 20, "leash": None}},
+}
+ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+GLOBAL_CONTROL = "the global model, α 0.7"  # accumulated like a personalised one
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = train.Parser(__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run of train.py")
+    scores = {}  # by variant: the mean Dice of each hospital and seed
+    reference = None
+    for run in parser.parse_args(argv).runs:
+        config = train.load(Path(run) / "config.json", "settings")
+        args = argparse.Namespace(**config["settings"])
+        train.prepare_torch(args)
+        for folder in sorted(Path(run).glob("seed*-plain")):
+            if not (folder / "rows.json").exists():
+                continue
+            print(folder)
+            result = train.load(folder / "rows.json", "seed", "hold_out")
+            dataset = train.load_dataset(args, result["seed"])
+            if result["hold_out"] is None:
+                variants = vary_alpha(args, dataset, result["seed"])
+                own_reference = f"α {args.alpha}"
+            else:
+                models = load_models(folder, config, args.device)
+                variants = vary_routing(args, dataset, result, list(models.values()))
+                own_reference = "routing-ours"
+            if reference not in (None, own_reference):
+                parser.error("these runs are of different kinds; name them one at a time")
+            reference = own_reference
+            for name, values in variants.items():
+                scores.setdefault(name, []).extend(values)
+    if not scores:
+        train.stop("no finished federation seed…-plain in these runs", 2)
+    print_table(scores, reference)
+
+
+# ---------------------------------------------------------------- outside
+def vary_routing(args, dataset, result: dict, models: list) -> dict[str, list[float]]:
+    """By variant of routing the mean Dice on the hospital held out."""
+    site = next(site for site in dataset.sites if site.name == result["hold_out"])
+    split = site.everything.to(args.device)
+    scores = {}
+    for name, changes in ROUTING.items():
+        with train.autocast(args.device, args.precision):
+            probabilities = route(models, split.images.float(), result["seed"], **changes)
+        prediction = probabilities.argmax(dim=1)
+        rows = train.score(dataset, site, split, prediction, "validation", name)
+        scores[name] = [mean_dice(rows)]
+    return scores
+
+
+def route(
+    models: list,
+    images: Tensor,
+    seed: int,
+    *,
+    settings: dict = {},
+    fit: dict = {},
+    experts: str = "all",
+    online: bool = False,
+) -> Tensor:
+    """Probabilities (N, C, H, W) by a variant of `train.routing_ours`."""
+    settings = router.RoutingSettings(**settings)
+    seen = images[:settings.batch_size] if online else images
+    options = {"online": online}
+    if experts != "all":  # the share of the site's statistics is that of all models
+        options["share"] = router.site_share(models, router.divergence(models[-1], seen))
+    if experts == "global":
+        models = models[-1:]
+    if experts == "personal":
+        models = models[:-1]
+    routed = router.build_routed(models, settings, train.seeded(seed))
+    router.fit_to_site(routed, models, seen, **options | fit)
+    generator = train.seeded(seed, images.device)
+    return router.adapt(routed, images, generator=generator, online=online)
+
+
+# ---------------------------------------------------------------- inside
+def vary_alpha(args, dataset, seed: int) -> dict[str, list[float]]:
+    """By α the Dice of each hospital's personalised model; all are read off one federation (M2)."""
+    model = train.new_model(args, dataset, seed)
+    personal = {alpha: {} for alpha in {*ALPHAS, args.alpha}}  # by α, then by hospital
+    accumulated = None
+    with train.autocast(args.device, args.precision):
+        for last in train.rounds_of(args, model, dataset.sites, "plain", seed, after=None):
+            accumulated = iopfl.update_personal(accumulated, last.global_state, 0.7)
+            for alpha, states in personal.items():
+                for name, local in last.local.items():
+                    states[name] = iopfl.update_personal(states.get(name), local, alpha)
+        scores = {}
+        for alpha in sorted(personal):
+            inside = train.Inside(last, personal[alpha])
+            scores[f"α {alpha}"] = dice_by_hospital(args, dataset, model, inside)
+        names = [site.name for site in dataset.sites]
+        inside = train.Inside(last, dict.fromkeys(names, accumulated))
+        scores[GLOBAL_CONTROL] = dice_by_hospital(args, dataset, model, inside)
+    return scores
+
+
+def dice_by_hospital(args, dataset, model, inside: train.Inside) -> list[float]:
+    """The mean Dice of each hospital's personalised model on its test images."""
+    means = []
+    for site in dataset.sites:
+        rows = train.score_inside(args, dataset, [site], model, inside, "iopfl", "inside")
+        means.append(mean_dice(rows))
+    return means
+
+
+# ---------------------------------------------------------------- the table
+def mean_dice(rows: list[dict]) -> float:
+    return float(np.mean([row["dice"] for row in rows]))
+
+
+def print_table(scores: dict[str, list[float]], reference: str) -> None:
+    print(f"\nagainst {reference:18}   Dice    mean   least    most  wins  ties  losses       p")
+    for name, values in scores.items():
+        gains = 100 * (np.array(values) - scores[reference])
+        wins = int((gains >= 0.1).sum())
+        losses = int((gains <= -0.1).sum())
+        ties = len(gains) - wins - losses
+        line = f"{name:26}{100 * np.mean(values):7.2f}"
+        for gain in (gains.mean(), gains.min(), gains.max()):
+            line += f"{gain:+8.2f}"
+        print(f"{line}{wins:6}{ties:6}{losses:8}{sign_test(wins, losses):8.2g}")
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """How likely a split at least as uneven is by chance, on either side; ties left out."""
+    n = wins + losses
+    as_uneven = sum(math.comb(n, k) for k in range(max(wins, losses), n + 1))
+    return min(1.0, 2 * as_uneven / 2**n)
+
+
+if __name__ == "__main__":
+    main()

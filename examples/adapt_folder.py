@@ -1,0 +1,358 @@
+"""Masks for a folder of images without labels, by the models of a finished run of train.py.
+
+    python -m examples.adapt_folder RUN IMAGES --out DIR                adapt to all, then predict
+    python -m examples.adapt_folder RUN IMAGES --out DIR --online       one step a batch, in order
+    python -m examples.adapt_folder RUN IMAGES --out DIR --masks MASKS  report Dice as well
+    python -m examples.adapt_folder RUN --simulated --out DIR           try it without such a folder
+
+RUN is the folder of a run or of one of its federations (seed…-plain), or the DIR of an earlier
+call, whose network is then applied as it is. IMAGES holds images or NIfTI volumes of the kind that
+RUN was trained on. DIR gets masks/ at the files' own sizes, overlays/, routing.png (what routing
+chose, by layer), adapted.json and adapted.pt. Exit status 1: a file was left out.
+"""
+
+import argparse
+import io
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+import data
+import iopfl
+import router
+import train
+from models import UNet
+
+
+def main(argv: list[str] | None = None) -> None:
+    warnings.showwarning = train.show_warning
+    args = parse_arguments(argv)
+    out = Path(args.out)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    trained = open_trained(Path(args.run), device)
+    train.prepare_torch(argparse.Namespace(**trained.config["settings"]))
+    if args.simulated:
+        args.images, args.masks = draw_simulated(trained, out)
+    facts = trained.config["data"]
+    if args.mask_values:
+        check_mask_values(args.mask_values, facts)
+        facts["mask_values"] = args.mask_values
+    pairs, inputs, left_out = read_images(args.images, args.masks, trained.config)
+
+    images = torch.cat(inputs).to(device, memory_format=torch.channels_last)
+    with train.autocast(device, trained.config["settings"]["precision"]):
+        routed, probabilities = adapt(trained, images, args.online)
+        overlaps = overlap_with_a_view(routed, images, probabilities)  # (N, 2)
+        weights = train.mean_routing(routed, images)
+    train.draw_heat_map(weights, trained.experts, out / "routing.png")
+    train.save(out / "adapted.pt", iopfl.snapshot(routed))
+
+    rows = []
+    start = 0
+    for (file, mask_file), seen in zip(pairs, inputs):
+        end = start + len(seen)  # a volume has an input for each of its slices
+        pixels, affine = data.read_file(file)  # (n, H, W, channels)
+        mask, maps = at_own_size(probabilities[start:end], pixels.shape[1:3])
+        write_mask(file, pixels, mask, out)
+        if args.probabilities:
+            write_probabilities(file, maps, out)
+        shared, size = overlaps[start:end].sum(dim=0).tolist()
+        confidence = shared / max(size, 1e-6)
+        foreground = float((mask > 0).mean())
+        row = {"file": file.name, "foreground": foreground, "confidence": confidence}
+        if mask_file:
+            row |= dice_of_file(mask_file, affine, mask, facts)
+        rows.append(row)
+        start = end
+    report(rows, weights, trained, out)
+    print(f"{len(pairs)} files, {left_out} left out. Masks and overlays: {out}")
+    sys.exit(1 if left_out else 0)
+
+
+def report(rows: list[dict], weights: dict, trained: "Trained", out: Path) -> None:
+    """Print what was found in each file, and in the mean; write adapted.json."""
+    for row in rows:
+        values = [f"{key} {value:.3f}" for key, value in row.items() if key != "file"]
+        print(f"{row['file']}: {', '.join(values)}")
+    for key in max(rows, key=len):
+        if key != "file":
+            found = [row[key] for row in rows if key in row]
+            print(f"mean {key} of {len(found)} files: {np.mean(found):.3f}")
+    means = np.mean(list(weights.values()), axis=0)  # over the layers
+    chosen = dict(zip(trained.experts, means.tolist()))
+    shares = [f"{name} {weight:.2f}" for name, weight in chosen.items()]
+    print(f"What routing chose, mean over layers and images: {', '.join(shares)}")
+    content = vars(trained) | {"weights": weights, "chosen": chosen, "rows": rows}
+    del content["models"], content["routed"]
+    train.save(out / "adapted.json", content)
+
+
+# ---------------------------------------------------------------- the trained models
+@dataclass
+class Trained:
+    """What a run, or an earlier call of this script, offers to new images."""
+
+    config: dict  # of the run: its "settings" and, as "data", what its images were like
+    seed: int
+    hold_out: str | None
+    experts: list[str]  # the names of the models, the global one last
+    models: list[nn.Module]  # the models, to be routed; or else
+    routed: router.RoutedNetwork | None  # the network that was adapted before
+
+
+def open_trained(run: Path, device: str) -> Trained:
+    if (run / "adapted.json").exists():
+        return open_adapted(run, device)
+    folder = find_federation(run)
+    config = train.load(folder.parent / "config.json", "settings", "data")
+    models = load_models(folder, config, device)
+    result = train.load(folder / "rows.json", "seed", "hold_out")
+    experts, networks = list(models), list(models.values())
+    return Trained(config, result["seed"], result["hold_out"], experts, networks, None)
+
+
+def open_adapted(folder: Path, device: str) -> Trained:
+    """The network that an earlier call has adapted."""
+    about = train.load(folder / "adapted.json", "config", "seed", "hold_out", "experts")
+    config, experts = about["config"], about["experts"]
+    model = empty_model(config, device)
+    settings = routing_settings(config)
+    routed = router.build_routed([model] * len(experts), settings)
+    routed.load_state_dict(train.load(folder / "adapted.pt"))
+    return Trained(config, about["seed"], about["hold_out"], experts, [], routed)
+
+
+def find_federation(run: Path) -> Path:
+    """The one finished federation of a run whose models can be routed."""
+    finished = []
+    for folder in [run, *sorted(run.glob("seed*"))]:
+        if folder.name.endswith("-plain") and (folder / "rows.json").exists():
+            finished.append(folder)
+    if not finished:
+        train.stop(f"{run}: no finished federation seed…-plain of train.py", 2)
+    if len(finished) > 1:
+        train.stop(f"{run}: name one of its federations, such as {finished[0]}", 2)
+    return finished[0].resolve()
+
+
+def empty_model(config: dict, device: str) -> UNet:
+    facts, settings = config["data"], config["settings"]
+    width, depth = settings["width"], settings["depth"]
+    model = UNet(facts["channels"], facts["classes"], width, depth)
+    return model.to(device, memory_format=torch.channels_last)
+
+
+def load_models(federation: Path, config: dict, device: str) -> dict[str, nn.Module]:
+    """The personalised models of a federation by name and, as the last one, the global model."""
+    inside = train.load_progress(federation / "last.pt")
+    return train.routed_models(empty_model(config, device), inside)
+
+
+def routing_settings(config: dict) -> router.RoutingSettings:
+    if config["settings"]["published"]:
+        return router.PUBLISHED
+    return router.RoutingSettings()
+
+
+# ---------------------------------------------------------------- images in
+def draw_simulated(trained: Trained, out: Path) -> tuple[str, str]:
+    """New images of the run's own hospital outside as PNG files; their folder, and the masks'."""
+    settings = trained.config["settings"]
+    if trained.config["data"]["kind"] != "simulated" or trained.hold_out is None:
+        train.stop("--simulated: the run has no simulated hospital outside", 2)
+    dataset = data.simulate_sites(
+        settings["task"], trained.seed + 1000, settings["size"], settings["images_per_site"])
+    site = next(site for site in dataset.sites if site.name == trained.hold_out)
+    split = site.everything
+    for number, case in enumerate(split.cases):
+        image = split.shown(number).numpy()
+        image = (image - image.min()) / (image.max() - image.min())
+        image = (255 * image).round().astype(np.uint8).transpose(1, 2, 0)
+        mask = Image.fromarray(split.masks[number].numpy())
+        train.save_image(Image.fromarray(image.squeeze()), out / "images" / f"{case}.png")
+        train.save_image(mask, out / "truth" / f"{case}.png")
+    return str(out / "images"), str(out / "truth")
+
+
+def check_mask_values(values: list[int], facts: dict) -> None:
+    if facts["kind"] == "volumes":
+        train.stop("--mask-values: none for volumes, whose labels above 0 are prostate", 2)
+    if len(set(values)) != facts["classes"] or len(values) != facts["classes"]:
+        train.stop(f"--mask-values: one for each of the run's {facts['classes']} classes", 2)
+
+
+def read_images(images: str, masks: str | None, config: dict) -> tuple[list, list[Tensor], int]:
+    """Pairs (file, mask file or None), what a network sees of each, and how many were left out.
+
+    An input is (n, C, size, size), n being the slices of a volume, or 1.
+    """
+    facts, size = config["data"], config["settings"]["size"]
+    mask_folder = Path(masks) if masks else None
+    try:
+        every = data.pair_up(Path(images), mask_folder)
+    except (ValueError, OSError) as error:  # two files of one name, a folder that is locked
+        train.stop(str(error), 1)
+    used = {path for pair in every for path in pair}
+    for folder in {images, masks or images}:
+        data.report_left_out(Path(folder), used)
+    pairs, inputs = [], []
+    for file, mask_file in every:
+        try:
+            pixels, _ = data.read_file(file)
+            seen = data.network_input(file, pixels, size, facts["channels"], facts["kind"])
+        except (ValueError, OSError, ImportError) as error:
+            train.show_warning(f"left out: {error}")
+            continue
+        pairs.append((file, mask_file))
+        inputs.append(torch.from_numpy(seen))
+    if not pairs:
+        train.stop(f"{images}: no image or volume that can be used", 1)
+    if masks and not any(mask_file for _, mask_file in pairs):
+        train.show_warning(f"--masks {masks}: no mask has the name of an image")
+    return pairs, inputs, len(every) - len(pairs)
+
+
+# ---------------------------------------------------------------- adapting
+def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
+    """The routed network, tuned on the images (N, C_in, H, W), and probabilities (N, C, H, W)."""
+    if trained.routed is not None:
+        return trained.routed, router.predict(trained.routed, images)
+    settings = routing_settings(trained.config)
+    routed = router.build_routed(trained.models, settings, train.seeded(trained.seed))
+    if settings is not router.PUBLISHED:
+        seen = images[:settings.batch_size] if online else images
+        router.fit_to_site(routed, trained.models, seen, online=online)
+    generator = train.seeded(trained.seed, images.device)
+    probabilities = router.adapt(routed, images, generator=generator, online=online)
+    return routed, probabilities
+
+
+@torch.no_grad()
+def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor:
+    """Per image what the foreground in it and in a noisy, turned view share, and its size: (N, 2).
+
+    Their quotient, 0 to 1, is the confidence of a mask.
+    """
+    batch_size = routed.settings.batch_size
+    generator = train.seeded(0, images.device)
+    overlaps = []
+    parts = zip(images.split(batch_size), probabilities.split(batch_size))
+    for batch, predicted in parts:
+        turned = router.in_another_view(routed, batch, generator)
+        p = 1 - predicted[:, 0]  # the foreground, (n, H, W)
+        q = 1 - turned[:, 0]
+        shared = 2 * (p * q).sum(dim=(1, 2))
+        size = (p * p + q * q).sum(dim=(1, 2))
+        overlaps.append(torch.stack([shared, size], dim=1))
+    return torch.cat(overlaps)
+
+
+# ---------------------------------------------------------------- masks out
+def at_own_size(probabilities: Tensor, size: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (n, C, h, w) at the size (H, W) of the file.
+
+    Returns the mask (n, H, W), uint8, and the probabilities (n, C, H, W), float16.
+    """
+    masks, maps = [], []
+    for plane in probabilities.split(1):  # all at once need much memory
+        large = F.interpolate(plane, size, mode="bilinear").cpu()  # (1, C, H, W)
+        masks.append(large.argmax(dim=1).byte())
+        maps.append(large.half())
+    return torch.cat(masks).numpy(), torch.cat(maps).numpy()
+
+
+def write_mask(file: Path, pixels: np.ndarray, mask: np.ndarray, out: Path) -> None:
+    """Mask and overlay of an image or volume. pixels: (n, H, W, channels). mask: (n, H, W)."""
+    name = data.stem(file)
+    if data.is_volume(file):
+        (out / "masks").mkdir(parents=True, exist_ok=True)
+        data.write_volume(out / "masks" / f"{name}.nii.gz", mask, file)
+    else:
+        image = Image.fromarray(mask[0])  # its values are class indices …
+        image.putpalette(train.PALETTE)  # … and shown in colours
+        train.save_image(image, out / "masks" / f"{name}.png")
+    draw_overlay(pixels, mask, out / "overlays" / f"{name}.png")
+
+
+def write_probabilities(file: Path, maps: np.ndarray, out: Path) -> None:
+    """Probabilities (n, C, H, W) as probabilities/<name>.npy; of a volume n are its slices from
+    feet to head."""
+    buffer = io.BytesIO()
+    np.save(buffer, maps)
+    train.write_whole(out / "probabilities" / f"{data.stem(file)}.npy", buffer)
+
+
+def dice_of_file(mask_file: Path, affine: np.ndarray, mask: np.ndarray, facts: dict) -> dict:
+    """Dice of each structure against a mask file; {} with a warning if that cannot be used."""
+    kind, values, classes = facts["kind"], facts["mask_values"], facts["classes"]
+    try:
+        truth = data.read_mask(mask_file, mask.shape, kind, values, affine, classes)
+    except (ValueError, OSError) as error:
+        train.show_warning(f"not scored: {error}")
+        return {}
+    row = {}
+    for structure, its_classes in facts["structures"].items():
+        predicted = np.isin(mask, its_classes)
+        true = np.isin(truth, its_classes)
+        row[f"Dice {structure}"] = iopfl.dice(predicted, true)
+    return row
+
+
+def draw_overlay(pixels: np.ndarray, mask: np.ndarray, file: Path) -> None:
+    """The image with the outline of its mask; of a volume six slices that hold something."""
+    shown = np.flatnonzero(mask.any(axis=(1, 2)))
+    if len(shown) == 0:
+        shown = np.arange(len(mask))
+    height, width = mask.shape[1:]
+    scale = min(1, 480 / max(height, width))
+    shown_width = max(1, round(width * scale))
+    shown_height = max(1, round(height * scale))
+    cells, titles = [], []
+    for number in train.spread(shown, 6):
+        image = pixels[number].transpose(2, 0, 1)
+        outlines = [(mask[number], train.BLUE)]
+        cell = train.picture(image, outlines, (shown_width, shown_height))
+        cells.append(cell)
+        titles.append(f"slice {number}")
+    if len(mask) == 1:
+        titles = []
+    train.draw_grid([cells], labels=[""], titles=titles, file=file)
+
+
+# ---------------------------------------------------------------- the command line
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = train.Parser(__doc__)
+    add = parser.add_argument
+    add("run", metavar="RUN")
+    add("images", metavar="IMAGES", nargs="?")
+    add("--out", required=True, help="a new or empty folder")
+    add("--masks", help="a folder with masks of the same names, to report Dice")
+    add("--mask-values", type=int, nargs="+", help="their grey values, if they are not the run's")
+    add("--online", action="store_true", help="one step a batch, in order")
+    add("--probabilities", action="store_true", help="write them too, as numpy files")
+    add("--simulated", action="store_true", help="draw new images of the run's hospital outside")
+    args = parser.parse_args(argv)
+    if (args.images is None) != args.simulated:
+        parser.error("name a folder of images, or else say --simulated")
+    if args.mask_values and not args.masks:
+        parser.error("--mask-values goes with --masks")
+    for folder in (args.run, args.images, args.masks):
+        if folder is not None and not Path(folder).is_dir():
+            parser.error(f"{folder}: no such folder")
+    if args.online and (Path(args.run) / "adapted.json").exists():
+        parser.error(f"{args.run} was adapted before and is used as it is; leave out --online")
+    args.out = str(Path(args.out).expanduser().resolve())
+    images = args.images and str(Path(args.images).resolve())
+    train.check_out(Path(args.out), images, parser)
+    return args
+
+
+if __name__ == "__main__":
+    main()
