@@ -807,12 +807,12 @@ def draw_curves(history: list[dict], file: Path) -> None:
             losses.setdefault(name, []).append((number, loss))
         for method, mean in entry.get("validation", {}).items():
             scores.setdefault(method, []).append((number, mean))
-    panels = [draw_lines(losses), draw_lines(scores)]
+    panels = [draw_lines(losses, number), draw_lines(scores, number)]
     titles = ["Dice loss of local training", "mean Dice, validation images"]
     draw_grid([panels], labels=[""], titles=titles, file=file)
 
 
-def draw_lines(lines: dict[str, list[tuple]]) -> Image.Image:
+def draw_lines(lines: dict[str, list[tuple]], rounds: int) -> Image.Image:
     """A coordinate system for values from 0 to 1 over the rounds, with a line for each name."""
     panel = Image.new("RGB", (480, 260), "white")
     draw = ImageDraw.Draw(panel)
@@ -821,15 +821,12 @@ def draw_lines(lines: dict[str, list[tuple]]) -> Image.Image:
         y = bottom - height * value
         draw.line([(left, y), (right, y)], "lightgrey")
         draw.text((6, y - 8), f"{value:.2f}", "black", FONT)
-    rounds = [number for points in lines.values() for number, _ in points]
-    for number in {1, max(rounds, default=1)}:
-        x = left + (right - left) * number / max(rounds, default=1)
-        draw.text((x - 8, bottom + 8), str(number), "black", FONT)
+    draw.text((left, bottom + 8), f"round 0 to {rounds}", "black", FONT)
     for place, (name, points) in enumerate(list(lines.items())[:MOST_SHOWN]):
         colour = tuple(PALETTE[3 * place + 3:3 * place + 6])
         corners = []
         for number, value in points:
-            x = left + (right - left) * number / max(rounds)
+            x = left + (right - left) * number / rounds
             corners.append((x, bottom - height * value))
         draw.line(corners, colour, width=2)
         draw.text((right + 12, 10 + 18 * place), name[:14], colour, FONT)
