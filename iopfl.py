@@ -59,8 +59,8 @@ def train_local(
     images: (N, C, H, W), or (N, C, D, H, W) of volumes. masks: (N, H, W) or (N, D, H, W) class
     indices. Both lie on the model's device.
     generator: on the CPU; it draws the order of the images.
-    proximal: the factor μ of the penalty μ/2 · ‖w - anchor‖². The anchor is by default the model
-    as it is at the call, which is FedProx.
+    proximal: the factor μ of the penalty μ/2 · ‖w - anchor‖². The anchor is by default the
+    model as it is at the call, which is FedProx.
     As in the published code Adam (amsgrad, no weight decay) begins anew at each call, and images
     are not augmented.
     Raises ValueError without images or epochs, or for a class that the model does not have.
@@ -164,14 +164,15 @@ def check_alike(first: State, second: State, whose: str) -> None:
 
 @torch.no_grad()
 def update_personal(personal: State | None, local: State, alpha: float) -> State:
-    """The personalised model p^t = α · p^{t-1} + (1-α) · w^t; the first is the local model (M2).
+    """The personalised model p^t = α · p^{t-1} + (1-α) · w^t; the first is the local one (M2).
 
     personal: p^{t-1}, or None in a client's first round. local: w^t. alpha: in [0, 1]; ours is 0.7,
     the published code's 0.1. Integers come from `local`. Returns new tensors.
 
     Unrolled this is what the paper describes, global and local updates accumulated (M3, tested):
     with D^s = g^s - g^{s-1} and d^t = w^t - g^{t-1},
-    p^T = g^0 + Σ_{s<T} (1-α^{T-s}) D^s + Σ_{t≤T} c_t d^t, c_1 = α^{T-1}, c_t = (1-α) α^{T-t}.
+    p^T = g^0 + Σ_{s<T} (1-α^{T-s}) D^s + Σ_{t≤T} c_t d^t,
+    where c_1 = α^{T-1} and c_t = (1-α) α^{T-t}.
     """
     if not 0 <= alpha <= 1:
         raise ValueError(f"update_personal: alpha must lie in [0, 1], not {alpha}")

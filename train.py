@@ -268,15 +268,6 @@ def best_inside(models, split, seed):
     return Outcome(probabilities_of(models[best], images))
 
 
-def matched(models, split, seed):
-    """Our start alone: the models averaged by how well their statistics fit; no steps."""
-    images = split.images.float()
-    settings = router.RoutingSettings(passes=0)
-    routed = router.build_routed(models, settings, seeded(seed))
-    router.fit_to_site(routed, models, images, share=0.0)
-    return adapted(routed, images, seed)
-
-
 def bn(models, split, seed):
     """The global model with the BatchNorm statistics of the hospital's images."""
     images = split.images.float()
@@ -331,7 +322,6 @@ OUTSIDE = {
     "ensemble": ensemble,
     "average": average,
     "best-inside": best_inside,
-    "matched": matched,
     "bn": bn,
     "tent": tent,
     "routing-published": routing_published,
@@ -732,13 +722,10 @@ def draw_hospitals(sites: list[data.Site], file: Path) -> None:
             numbers = list(range(len(split.masks)))
         shown = spread(numbers, 6)
         cells = []
-        for number in shown[:-2]:
-            image = split.shown(number)
-            cells.append(picture(image))
-        for number in shown[-2:]:
-            image = split.shown(number)
+        for number in shown:
             truth = (split.masks[number], GREEN)
-            cells.append(picture(image, [truth]))
+            outlines = [truth] if number in shown[-2:] else []
+            cells.append(picture(split.shown(number), outlines))
         rows.append(cells)
         labels.append(site.name)
     draw_grid(rows, labels, titles=[], file=file)
@@ -799,38 +786,31 @@ def draw_heat_map(weights: dict[str, list], columns: list[str], file: Path) -> N
 
 
 def draw_curves(history: list[dict], file: Path) -> None:
-    """Over the rounds the losses of local training, and the validation Dice of methods."""
-    losses, scores = {}, {}  # by name: points (round, value)
+    """Over the rounds the losses of local training, and the mean validation Dice of methods."""
+    lines = {}  # by name: points (round, value in [0, 1])
     for entry in history:
-        number = entry["round"]
         for name, loss in entry["losses"].items():
-            losses.setdefault(name, []).append((number, loss))
+            lines.setdefault(f"loss {name}", []).append((entry["round"], loss))
         for method, mean in entry.get("validation", {}).items():
-            scores.setdefault(method, []).append((number, mean))
-    panels = [draw_lines(losses, number), draw_lines(scores, number)]
-    titles = ["Dice loss of local training", "mean Dice, validation images"]
-    draw_grid([panels], labels=[""], titles=titles, file=file)
-
-
-def draw_lines(lines: dict[str, list[tuple]], rounds: int) -> Image.Image:
-    """A coordinate system for values from 0 to 1 over the rounds, with a line for each name."""
-    panel = Image.new("RGB", (480, 260), "white")
-    draw = ImageDraw.Draw(panel)
-    left, right, bottom, height = 40, 360, 230, 210
+            lines.setdefault(f"Dice {method}", []).append((entry["round"], mean))
+    left, right, bottom, height = 40, 500, 330, 310
+    sheet = Image.new("RGB", (680, 360), "white")
+    draw = ImageDraw.Draw(sheet)
     for value in (0, 0.25, 0.5, 0.75, 1):
         y = bottom - height * value
         draw.line([(left, y), (right, y)], "lightgrey")
         draw.text((6, y - 8), f"{value:.2f}", "black", FONT)
+    rounds = history[-1]["round"]
     draw.text((left, bottom + 8), f"round 0 to {rounds}", "black", FONT)
-    for place, (name, points) in enumerate(list(lines.items())[:MOST_SHOWN]):
+    for place, (name, points) in enumerate(list(lines.items())[:18]):
         colour = tuple(PALETTE[3 * place + 3:3 * place + 6])
         corners = []
         for number, value in points:
             x = left + (right - left) * number / rounds
             corners.append((x, bottom - height * value))
         draw.line(corners, colour, width=2)
-        draw.text((right + 12, 10 + 18 * place), name[:14], colour, FONT)
-    return panel
+        draw.text((right + 12, 10 + 18 * place), name[:20], colour, FONT)
+    save_image(sheet, file)
 
 
 def picture(image, outlines=(), size: tuple = (160, 160)) -> Image.Image:
@@ -991,10 +971,7 @@ def settings_of_run(args, parser: Parser) -> argparse.Namespace:
     defaults = vars(parser.parse_args(["--resume", args.resume]))
     if saved.keys() != defaults.keys() - {"resume"}:
         stop(f"{folder}: the run is of another version of train.py", 1)
-    given = {}
-    for name, value in vars(args).items():
-        if value != defaults[name]:
-            given[name] = value
+    given = {name: value for name, value in vars(args).items() if value != defaults[name]}
     if given.keys() - {"rounds", "seeds", "methods", "root"}:
         parser.error("beside --resume only --rounds, --seeds, --methods and --root may be given")
     if given.get("rounds", saved["rounds"]) < saved["rounds"]:

@@ -26,6 +26,7 @@ from examples.adapt_folder import load_models
 ROUTING = {
     "routing-ours": {},
     "no steps": {"settings": {"passes": 0}},
+    "the start alone": {"settings": {"passes": 0}, "fit": {"share": 0.0}},
     "no shape": {"settings": {"shape": 0.0}},  # consistency alone, since entropy is off
     "no consistency": {"settings": {"consistency": 0.0}},  # shape alone
     "with entropy": {"settings": {"entropy": 0.1}},
@@ -130,7 +131,7 @@ def route(
 
 # ---------------------------------------------------------------- inside
 def vary_alpha(args, dataset, seed: int) -> dict[str, list[float]]:
-    """By α the Dice of each hospital's personalised model; all are read off one federation (M2)."""
+    """By α the Dice of each hospital's personalised model, read off one federation (M2)."""
     model = train.new_model(args, dataset, seed)
     personal = {alpha: {} for alpha in {*ALPHAS, args.alpha}}  # by α, then by hospital
     accumulated = None
