@@ -40,8 +40,7 @@ from models import UNet
 
 # ---------------------------------------------------------------- the story
 def main(argv: list[str] | None = None) -> None:
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
-    warnings.showwarning = show_warning
+    prepare_output()
     args = parse_arguments(argv)
     try:
         with autocast(args.device, args.precision):
@@ -375,6 +374,12 @@ def autocast(device: str, precision: str) -> torch.autocast:
     # The cache would hold on to the weights of the first step.
     in_bf16 = precision == "bf16"
     return torch.autocast(device, torch.bfloat16, enabled=in_bf16, cache_enabled=False)
+
+
+def prepare_output() -> None:
+    """A warning is one line; output appears at once, also of file names that are no text."""
+    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    warnings.showwarning = show_warning
 
 
 def prepare_torch(args) -> None:

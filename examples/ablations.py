@@ -57,6 +57,7 @@ GLOBAL_CONTROL = "the global model, α 0.7"  # accumulated like a personalised o
 
 
 def main(argv: list[str] | None = None) -> None:
+    train.prepare_output()
     parser = train.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run of train.py")
     scores = {}  # by variant: the mean Dice of each hospital and seed

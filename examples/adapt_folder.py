@@ -14,7 +14,6 @@ chose, by layer), adapted.json and adapted.pt. Exit status 1: a file was left ou
 import argparse
 import io
 import sys
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,7 +31,7 @@ from models import UNet
 
 
 def main(argv: list[str] | None = None) -> None:
-    warnings.showwarning = train.show_warning
+    train.prepare_output()
     args = parse_arguments(argv)
     out = Path(args.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
