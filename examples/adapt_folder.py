@@ -14,7 +14,7 @@ chose, by layer), adapted.json and adapted.pt. Exit status 1: a file was left ou
 import argparse
 import io
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -58,11 +58,13 @@ def main(argv: list[str] | None = None) -> None:
     for (file, mask_file), seen in zip(pairs, inputs):
         end = start + len(seen)  # a volume has an input for each of its slices
         pixels, affine = data.read_file(file)  # (n, H, W, channels)
-        mask, maps = at_own_size(probabilities[start:end], pixels.shape[1:3])
+        own_size = pixels.shape[1:3]
+        mask, maps = at_own_size(probabilities[start:end], own_size)
         write_mask(file, pixels, mask, out)
         if args.probabilities:
             write_probabilities(file, maps, out)
-        shared, size = overlaps[start:end].sum(dim=0).tolist()
+        overlap = overlaps[start:end].sum(dim=0)
+        shared, size = overlap.tolist()
         confidence = shared / max(size, 1e-6)
         foreground = float((mask > 0).mean())
         row = {"file": file.name, "foreground": foreground, "confidence": confidence}
@@ -101,9 +103,9 @@ class Trained:
     config: dict  # of the run: its "settings" and, as "data", what its images were like
     seed: int
     hold_out: str | None
-    experts: list[str]  # the names of the models, the global one last
-    models: list[nn.Module]  # the models, to be routed; or else
-    routed: router.RoutedNetwork | None  # the network that was adapted before
+    experts: list[str] = field(default_factory=list)  # names of the models, the global one last
+    models: list[nn.Module] = field(default_factory=list)  # the models, to be routed; or else
+    routed: router.RoutedNetwork | None = None  # the network that was adapted before
 
 
 def open_trained(run: Path, device: str) -> Trained:
@@ -113,8 +115,10 @@ def open_trained(run: Path, device: str) -> Trained:
     config = train.load(folder.parent / "config.json", "settings", "data")
     models = load_models(folder, config, device)
     result = train.load(folder / "rows.json", "seed", "hold_out")
-    experts, networks = list(models), list(models.values())
-    return Trained(config, result["seed"], result["hold_out"], experts, networks, None)
+    trained = Trained(config, result["seed"], result["hold_out"])
+    trained.experts = list(models)
+    trained.models = list(models.values())
+    return trained
 
 
 def open_adapted(folder: Path, device: str) -> Trained:
@@ -125,7 +129,10 @@ def open_adapted(folder: Path, device: str) -> Trained:
     settings = routing_settings(config)
     routed = router.build_routed([model] * len(experts), settings)
     routed.load_state_dict(train.load(folder / "adapted.pt"))
-    return Trained(config, about["seed"], about["hold_out"], experts, [], routed)
+    trained = Trained(config, about["seed"], about["hold_out"])
+    trained.experts = experts
+    trained.routed = routed
+    return trained
 
 
 def find_federation(run: Path) -> Path:
@@ -148,7 +155,7 @@ def empty_model(config: dict, device: str) -> UNet:
     return model.to(device, memory_format=torch.channels_last)
 
 
-def load_models(federation: Path, config: dict, device: str) -> dict[str, nn.Module]:
+def load_models(federation: Path, config: dict, device: str) -> dict:
     """The personalised models of a federation by name and, as the last one, the global model."""
     inside = train.load_progress(federation / "last.pt")
     return train.routed_models(empty_model(config, device), inside)
@@ -166,33 +173,38 @@ def draw_simulated(trained: Trained, out: Path) -> tuple[str, str]:
     settings = trained.config["settings"]
     if trained.config["data"]["kind"] != "simulated" or trained.hold_out is None:
         train.stop("--simulated: the run has no simulated hospital outside", 2)
+    seed = trained.seed + 1000  # other images than the run's
     dataset = data.simulate_sites(
-        settings["task"], trained.seed + 1000, settings["size"], settings["images_per_site"])
+        settings["task"], seed, settings["size"], settings["images_per_site"])
     site = next(site for site in dataset.sites if site.name == trained.hold_out)
     split = site.everything
     for number, case in enumerate(split.cases):
-        image = split.shown(number).numpy()
-        image = (image - image.min()) / (image.max() - image.min())
-        image = (255 * image).round().astype(np.uint8).transpose(1, 2, 0)
+        pixels = split.shown(number).numpy().transpose(1, 2, 0)
+        pixels = pixels - pixels.min()
+        pixels = 255 * pixels / pixels.max()
+        pixels = pixels.round().astype(np.uint8)
+        image = Image.fromarray(pixels.squeeze())
         mask = Image.fromarray(split.masks[number].numpy())
-        train.save_image(Image.fromarray(image.squeeze()), out / "images" / f"{case}.png")
+        train.save_image(image, out / "images" / f"{case}.png")
         train.save_image(mask, out / "truth" / f"{case}.png")
     return str(out / "images"), str(out / "truth")
 
 
 def check_mask_values(values: list[int], facts: dict) -> None:
+    classes = facts["classes"]
     if facts["kind"] == "volumes":
         train.stop("--mask-values: none for volumes, whose labels above 0 are prostate", 2)
-    if len(set(values)) != facts["classes"] or len(values) != facts["classes"]:
-        train.stop(f"--mask-values: one for each of the run's {facts['classes']} classes", 2)
+    if not len(values) == len(set(values)) == classes:
+        train.stop(f"--mask-values: one for each of the run's {classes} classes", 2)
 
 
-def read_images(images: str, masks: str | None, config: dict) -> tuple[list, list[Tensor], int]:
+def read_images(images: str, masks: str | None, config: dict) -> tuple:
     """Pairs (file, mask file or None), what a network sees of each, and how many were left out.
 
     An input is (n, C, size, size), n being the slices of a volume, or 1.
     """
-    facts, size = config["data"], config["settings"]["size"]
+    facts = config["data"]
+    kind, channels, size = facts["kind"], facts["channels"], config["settings"]["size"]
     mask_folder = Path(masks) if masks else None
     try:
         every = data.pair_up(Path(images), mask_folder)
@@ -205,7 +217,7 @@ def read_images(images: str, masks: str | None, config: dict) -> tuple[list, lis
     for file, mask_file in every:
         try:
             pixels, _ = data.read_file(file)
-            seen = data.network_input(file, pixels, size, facts["channels"], facts["kind"])
+            seen = data.network_input(file, pixels, size, channels, kind)
         except (ValueError, OSError, ImportError) as error:
             train.show_warning(f"left out: {error}")
             continue
@@ -224,7 +236,8 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
     if trained.routed is not None:
         return trained.routed, router.predict(trained.routed, images)
     settings = routing_settings(trained.config)
-    routed = router.build_routed(trained.models, settings, train.seeded(trained.seed))
+    generator = train.seeded(trained.seed)  # of the routers' weights
+    routed = router.build_routed(trained.models, settings, generator)
     if settings is not router.PUBLISHED:
         seen = images[:settings.batch_size] if online else images
         router.fit_to_site(routed, trained.models, seen, online=online)
@@ -248,13 +261,13 @@ def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor
         p = 1 - predicted[:, 0]  # the foreground, (n, H, W)
         q = 1 - turned[:, 0]
         shared = 2 * (p * q).sum(dim=(1, 2))
-        size = (p * p + q * q).sum(dim=(1, 2))
+        size = (p**2 + q**2).sum(dim=(1, 2))
         overlaps.append(torch.stack([shared, size], dim=1))
     return torch.cat(overlaps)
 
 
 # ---------------------------------------------------------------- masks out
-def at_own_size(probabilities: Tensor, size: tuple) -> tuple[np.ndarray, np.ndarray]:
+def at_own_size(probabilities: Tensor, size: tuple) -> tuple:
     """Probabilities (n, C, h, w) at the size (H, W) of the file.
 
     Returns the mask (n, H, W), uint8, and the probabilities (n, C, H, W), float16.
@@ -267,7 +280,7 @@ def at_own_size(probabilities: Tensor, size: tuple) -> tuple[np.ndarray, np.ndar
     return torch.cat(masks).numpy(), torch.cat(maps).numpy()
 
 
-def write_mask(file: Path, pixels: np.ndarray, mask: np.ndarray, out: Path) -> None:
+def write_mask(file: Path, pixels, mask, out: Path) -> None:
     """Mask and overlay of an image or volume. pixels: (n, H, W, channels). mask: (n, H, W)."""
     name = data.stem(file)
     if data.is_volume(file):
@@ -288,8 +301,8 @@ def write_probabilities(file: Path, maps: np.ndarray, out: Path) -> None:
     train.write_whole(out / "probabilities" / f"{data.stem(file)}.npy", buffer)
 
 
-def dice_of_file(mask_file: Path, affine: np.ndarray, mask: np.ndarray, facts: dict) -> dict:
-    """Dice of each structure against a mask file; {} with a warning if that cannot be used."""
+def dice_of_file(mask_file: Path, affine, mask, facts: dict) -> dict:
+    """Dice of each structure of a mask (n, H, W) against a mask file; {} if that is of no use."""
     kind, values, classes = facts["kind"], facts["mask_values"], facts["classes"]
     try:
         truth = data.read_mask(mask_file, mask.shape, kind, values, affine, classes)
