@@ -192,8 +192,9 @@ def update_personal(personal: State | None, local: State, alpha: float) -> State
 class Training:
     """How the clients of a federation train; the defaults are federated averaging.
 
-    stays: layers that never leave a client: "none", "batchnorm" (FedBN), "head", which is the last
-    layer (FedPer), or "all", where nothing is shared.
+    stays: layers that a client takes from its own last model in each round, not from the global
+    one: "none", "batchnorm" (FedBN), "head", which is the last layer (FedPer), or "all", where
+    nothing is shared.
     proximal: the pull μ of local training towards the global model (FedProx).
     second: None, or the pull of a second model that each client trains beside the shared one and
     never sends (Ditto). The shared models are the same with and without it.
@@ -303,7 +304,7 @@ def draw_clients(names: list, participation: float, seed: int, number: int) -> l
 
 
 def seeded(seed: int, number: int, client) -> torch.Generator:
-    """Draws the order of a client's images in a round or, for "all", who takes part in it.
+    """A generator for a client in a round, of the order of its images; for "all", of who takes part.
 
     client: the name, or whatever the clients are told apart by, such as a number.
     """

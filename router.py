@@ -10,14 +10,23 @@ networks of one architecture (personalised ones first, the global one last) and 
 Part 1 is the method (M4 to M8 of README.md), by the published code where the paper leaves it open.
 Part 2 is ours: where routing starts, whose BatchNorm statistics it uses, and a leash against
 collapse. With PUBLISHED and without `fit_to_site` no line of part 2 runs.
+
+Shapes: N images, M experts (the given networks), C channels or classes; "…" are the spatial axes,
+(H, W) in 2-D and (D, H, W) in 3-D.
 """
 
 import copy
+import math
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
+from torch.func import functional_call
+from torch.nn.modules.batchnorm import _BatchNorm, _NormBase
+from torch.nn.modules.conv import _ConvNd
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.utils.parametrize import is_parametrized
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,7 @@ class RoutingSettings:
     shape: float = 0.02  # λ_shape
     entropy: float = 0.0  # λ_ent
     noise: float = 0.5  # standard deviation of ε
-    radius: float = 10 / 384  # d as a share of the image's shorter side
+    radius: float = 10 / 384  # d as a share of the shortest side
     lr: float = 2e-4  # of Adam
     passes: int = 3  # over the images, offline
     batch_size: int = 5
@@ -44,281 +53,584 @@ class RoutingSettings:
 # The published entropy is summed over a batch of 5 and weighted by 10: 25 times M8's mean. The
 # shape term, 10⁻⁶ times the 2-norm of M7's map, has about the gradient of 0.004 M7 at 384².
 PUBLISHED = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics=True,
-                          consistency=0.1, shape=0.004, entropy=25.0, lr=1e-3, passes=10,
-                          leash=None)
+                            consistency=0.1, shape=0.004, entropy=25.0,
+                            lr=1e-3, passes=10, leash=None)
 
 
 # ================================================================ part 1: the method
-# ---------------------------------------------------------------- the routed network (M4, M5)
+# ---------------------------------------------------------------- the routed layers (M4, M5)
+@dataclass
+class Pass:
+    """What the layers of a routed network share while N images pass through it."""
+
+    settings: RoutingSettings
+    dropout: Generator | None  # draws the dropout in the routers; None: no dropout
+    counting: bool  # whether BatchNorm counts its inputs as images of the site (part 2)
+    chunk_size: int | None  # how many images a layer computes at once; None: all
+    last_expert: Tensor  # weights (N, M), all on the last expert
+    weights: Tensor  # (N, M), of the latest layer with a router; before the first: last_expert
+    routing: dict[str, Tensor]  # the weights (N, M) of each layer with a router so far
+
+
 class Router(nn.Module):
-    """r(x) = act(FC2(Dropout(FC1(GlobalAvgPool(x))))): a weight for each expert and sample (M4)."""
+    """r(x) = softmax(FC2(Dropout(FC1(GlobalAvgPool(x))))): a weight for each expert and image (M4).
+    `channel_axis` is where the features have their C channels."""
 
-    def __init__(self, in_channels: int, experts: int, settings: RoutingSettings, generator):
+    def __init__(self, channels: int, channel_axis: int, experts: int, generator):
         super().__init__()
-        self.settings, self.generator = settings, None  # generator: of dropout, in training mode
-        self.fc1 = nn.utils.skip_init(nn.Linear, in_channels, 2 * in_channels)
-        self.fc2 = nn.utils.skip_init(nn.Linear, 2 * in_channels, experts)
-        for layer in (self.fc1, self.fc2):  # torch's own distribution, drawn from our generator
-            for values in layer.parameters():
-                bound = layer.in_features**-0.5
-                nn.init.uniform_(values, -bound, bound, generator=generator)
+        self.channel_axis = channel_axis
+        self.fc1 = draw_linear(channels, 2 * channels, generator)
+        self.fc2 = draw_linear(2 * channels, experts, generator)
+
+    def forward(self, x: Tensor, settings: RoutingSettings, dropout) -> Tensor:
+        """Features (N, C, …) or (N, …, C) → routing weights (N, M), each in [0, 1].
+        dropout: the generator that draws it; None: no dropout."""
+        channels = self.fc1.in_features
+        features = x.movedim(self.channel_axis, 1).reshape(len(x), channels, -1)
+        # Sum, then divide: dividing the few sums spares backward a pass over all features.
+        total = features.sum(dim=2, dtype=self.fc1.weight.dtype)  # (N, C)
+        hidden = self.fc1(total / features.shape[2])  # (N, 2C)
+        if not settings.per_sample:
+            hidden = torch.zeros_like(hidden)  # then FC2's bias alone decides, for all images alike
+        if dropout is not None and settings.dropout > 0:
+            draws = torch.rand(hidden.shape, generator=dropout, device=x.device)
+            kept = draws >= settings.dropout
+            hidden = hidden * kept / (1 - settings.dropout)
+        scores = self.fc2(hidden)  # (N, M)
+        if settings.softmax:
+            return scores.softmax(dim=1)
+        return scores.sigmoid()
+
+
+def draw_linear(inputs: int, outputs: int, generator) -> nn.Linear:
+    """A linear layer of torch's own distribution, drawn from this generator (None: torch's own)."""
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # it would draw from the global one
+    bound = inputs**-0.5
+    nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
+    nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
+    return layer
+
+
+class Routed(nn.Module):
+    """One layer of M frozen experts: each image's parameters are Σ_m r_m(x) θ_m (M5).
+    Convolutions and linear layers have a router. Other layers (norms, PReLU, a scale) take the
+    weights of the layer with a router that came before, scaled so that they sum to one; what
+    adaptation adds to their parameters is in `delta_weight`, `delta_bias`, …
+    The experts' values are stacked in buffers (M, …) of the same names: `weight`, `bias`, …"""
+
+    def __init__(self, experts: list, name: str, generator):
+        super().__init__()
+        last, M = experts[-1], len(experts)
+        self.name = name
+        self.current = None  # the Pass that is under way
+        self.router = None
+        if isinstance(last, _ConvNd):
+            self.router = Router(last.in_channels, 1, M, generator)
+        elif isinstance(last, nn.Linear):
+            self.router = Router(last.in_features, -1, M, generator)
+        # The layer itself, which computes: emptied, since `mix` gives it each image's values, and
+        # in a tuple, in which torch does not look for parameters.
+        empty = copy.deepcopy(last).eval().to("meta")
+        self.template = (empty,)
+        self.mixed = list(own_values(last))  # the names of what is mixed
+        for entry in self.mixed:
+            stack = [own_values(expert)[entry] for expert in experts]
+            self.register_buffer(entry, torch.stack(stack))  # (M, …)
+            learnt = isinstance(getattr(last, entry), nn.Parameter)
+            if self.router is None and learnt:
+                delta = nn.Parameter(torch.zeros_like(stack[-1]))
+                self.register_parameter(f"delta_{entry}", delta)
+        # Networks read attributes of their layers, such as `in_channels` or `stride`.
+        for attribute, value in vars(last).items():
+            if not attribute.startswith("_") and not hasattr(self, attribute):
+                setattr(self, attribute, value)
+
+    def routing_weights(self, x: Tensor) -> Tensor:
+        """The weights (N, M) by which this layer is mixed."""
+        current = self.current
+        images = len(current.last_expert)
+        if len(x) != images:
+            raise ValueError(f"cannot route '{self.name}': its batch has {len(x)} entries for "
+                             f"{images} images; choose a network that cuts no image into windows")
+        if self.router is None:
+            return current.weights / current.weights.sum(dim=1, keepdim=True)
+        current.weights = self.router(x, current.settings, current.dropout)
+        current.routing[self.name] = current.weights.detach()
+        return current.weights
+
+    def mix(self, weights: Tensor) -> dict[str, Tensor]:
+        """Routing weights (N, M) → each image's parameters, by name, each (N, …)."""
+        parameters = {}
+        for entry in self.mixed:
+            stack = getattr(self, entry)  # (M, …)
+            weights = weights.to(stack.dtype)
+            parameters[entry] = torch.tensordot(weights, stack, dims=1)
+            delta = self._parameters.get(f"delta_{entry}")
+            if delta is not None:
+                parameters[entry] = parameters[entry] + delta
+        return parameters
+
+    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+        """As the layer's own forward, but each of the N images has parameters of its own."""
+        kind = x.device.type
+        if any(isinstance(value, Tensor) for value in args):
+            raise ValueError(f"cannot route '{self.name}': it is given more than one tensor; move "
+                             "its parameters into a layer that is given one")
+        with torch.autocast(kind, enabled=False):  # bfloat16 would be too coarse here
+            parameters = self.mix(self.routing_weights(x))
+        if torch.is_autocast_enabled(kind):
+            # Autocast does not reach into vmap, so its rule is applied here: convolutions and
+            # linear layers in low precision, norms in float32.
+            dtype = torch.float32
+            if self.router is not None:
+                dtype = torch.get_autocast_dtype(kind)
+            x = x.to(dtype)
+            for entry in self.mixed:
+                parameters[entry] = parameters[entry].to(dtype)
+
+        def compute(own: dict[str, Tensor], image: Tensor) -> Tensor:
+            """The layer with these parameters, of a batch of one."""
+            layer = self.template[0]
+            return functional_call(layer, own, (image, *args), kwargs)
+
+        # vmap makes one grouped convolution of all images' kernels, or of each chunk's.
+        chunk_size = self.current.chunk_size
+        outputs = torch.vmap(compute, chunk_size=chunk_size)(parameters, x.unsqueeze(1))
+        return outputs.squeeze(1)  # (N, …)
+
+
+class RoutedBatchNorm(Routed):
+    """BatchNorm of M experts, mixed by the weights of the routed layer before it.
+    Published code: the last expert's affine, statistics of the batch. Ours: affine and running
+    statistics are mixed, and part of the statistics is the site's own (part 2): `site_mean` and
+    `site_variance` (C,) of n = `site_images` images have the share
+    `site_share` · n / (n + `site_prior`), which is 0 before the first image."""
+
+    def __init__(self, experts: list, name: str, generator):
+        super().__init__(experts, name, generator)
+        channels = experts[-1].num_features
+        self.register_buffer("site_mean", torch.zeros(channels))
+        self.register_buffer("site_variance", torch.zeros(channels))
+        self.register_buffer("site_images", torch.tensor(0.0))
+        self.register_buffer("site_share", torch.tensor(0.0))
+        self.register_buffer("site_prior", torch.tensor(0.0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """Features (N, C, H, W) → routing weights (N, M)."""
-        with torch.autocast(x.device.type, enabled=False):  # bfloat16 would be too coarse here
-            # Sum, then divide: dividing the few sums spares backward a pass over all features.
-            pooled = x.sum(dim=(2, 3), dtype=self.fc1.weight.dtype) / (x.shape[2] * x.shape[3])
-            hidden = self.fc1(pooled) * self.settings.per_sample  # (N, 2C)
-            if self.training:
-                draw = torch.rand(hidden.shape, generator=self.generator, device=x.device)
-                kept = draw >= self.settings.dropout
-                hidden = hidden * kept / (1 - self.settings.dropout)
-            scores = self.fc2(hidden)  # (N, M)
-            return scores.softmax(dim=1) if self.settings.softmax else scores.sigmoid()
-
-
-class RoutedConv2d(nn.Module):
-    """y = conv(x; Σ_m r_m(x) W_m, Σ_m r_m(x) b_m) of M frozen convolutions (M5)."""
-
-    def __init__(self, experts: list, name: str, routing: list, settings, generator):
-        super().__init__()
-        conv = experts[-1]
-        # Channels last: (M, C_out, kh, kw, C_in); transposed: (M, C_in, kh, kw, C_out).
-        kernels = torch.stack([expert.weight.detach().movedim(1, -1) for expert in experts])
-        biases = None if conv.bias is None else torch.stack([e.bias.detach() for e in experts])
-        self.register_buffer("weight", kernels)
-        self.register_buffer("bias", biases)  # (M, C_out)
-        self.router = Router(conv.in_channels, len(experts), settings, generator)
-        self.name, self.routing, self.groups, self.one_by_one = name, routing, conv.groups, False
-        self.options = {"stride": conv.stride, "dilation": conv.dilation, "padding": conv.padding}
-        self.convolve, self.frame, self.mode = F.conv2d, None, conv.padding_mode
-        if isinstance(conv, nn.ConvTranspose2d):
-            self.convolve = F.conv_transpose2d
-            self.options["output_padding"] = conv.output_padding
-        elif conv.padding_mode != "zeros":  # F.conv2d knows no others: the frame is laid on before
-            self.frame, self.options["padding"] = conv._reversed_padding_repeated_twice, 0
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C_in, H, W) → (N, C_out, H', W')."""
-        r = self.router(x)  # (N, M)
-        self.routing.append((self.name, r))
-        x = F.pad(x, self.frame, mode=self.mode) if self.frame else x
-        # All samples' kernels by one matrix product: (N, C_out, C_in, kh, kw), or transposed.
-        kernels = (r @ self.weight.flatten(1)).view(-1, *self.weight.shape[1:]).movedim(-1, 2)
-        biases = [None] * len(x) if self.bias is None else r @ self.bias  # (N, C_out)
-        if self.one_by_one:
-            return torch.cat([self.convolve(*sample, groups=self.groups, **self.options)
-                              for sample in zip(x.split(1), kernels, biases)])
-        # Each sample has kernels of its own: the batch becomes the groups of one convolution.
-        bias = None if self.bias is None else biases.flatten()
-        y = self.convolve(x.reshape(1, -1, *x.shape[2:]), kernels.flatten(0, 1).contiguous(), bias,
-                          groups=len(x) * self.groups, **self.options)
-        return y.view(len(x), -1, *y.shape[2:])
-
-
-class RoutedBatchNorm2d(nn.Module):
-    """BatchNorm of M experts, mixed by the weights of the routed convolution before it: `routing`,
-    which all layers of a network share, holds the weights of the pass so far.
-    `delta_weight` and `delta_bias` (C,) are what adaptation adds to the affine. In training mode it
-    counts its inputs into the site's statistics, of which it uses `site_share` (part 2).
-    Published code: the last expert's affine, statistics of the batch. The rest: ours."""
-
-    def __init__(self, experts: list[nn.BatchNorm2d], routing: list, settings: RoutingSettings):
-        super().__init__()
-        norm, zero = experts[-1], torch.zeros(experts[-1].num_features)
-        self.eps, self.routing, self.mixed = norm.eps, routing, settings.mix_batchnorm
-        self.batch_statistics = settings.batch_statistics or norm.running_mean is None
-        for name in ("weight", "bias", "running_mean", "running_var"):  # (M, C)
-            missing = zero + (name in ("weight", "running_var"))
-            values = [getattr(expert, name) for expert in experts]
-            values = [missing if value is None else value.detach() for value in values]
-            self.register_buffer(name, torch.stack(values))
-        self.register_buffer("last", torch.eye(len(experts))[-1:])  # (1, M): the last one alone
-        for name in ("delta_weight", "delta_bias", "site_mean", "site_variance"):  # (C,)
-            moves = norm.affine and name.startswith("delta")
-            self.register_parameter(name, nn.Parameter(zero.clone(), requires_grad=moves))
-        self.site_images = nn.Parameter(torch.tensor(0.0), requires_grad=False)
-        self.site_share = nn.Parameter(torch.tensor(0.0), requires_grad=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(N, C, H, W) → the same shape."""
+        """(N, C, …) → the same shape."""
         with torch.autocast(x.device.type, enabled=False):
-            r = self.routing[-1][1] if self.mixed and self.routing else self.last
-            r = r / r.sum(dim=1, keepdim=True)  # (N or 1, M)
-            if self.batch_statistics or self.training:
-                values = x.to(self.weight.dtype)
-                mean, variance = values.mean(dim=(0, 2, 3)), values.var(dim=(0, 2, 3), correction=0)
-            if self.training:  # merged without squares of means, which would cancel
-                self.site_images += len(x)
-                part, off = len(x) / self.site_images, mean - self.site_mean
-                self.site_variance.lerp_(variance, part).add_(part * (1 - part) * off.square())
-                self.site_mean += part * off
-            if not self.batch_statistics:
-                mean = torch.lerp(r @ self.running_mean, self.site_mean, self.site_share)
-                variance = torch.lerp(r @ self.running_var, self.site_variance, self.site_share)
-            scale = (r @ self.weight + self.delta_weight) * (variance + self.eps).rsqrt()
-            shift = r @ self.bias + self.delta_bias - mean * scale  # (N or 1, C)
-        return x * scale.to(x.dtype)[:, :, None, None] + shift.to(x.dtype)[:, :, None, None]
+            weights = self.routing_weights(x)
+            if not self.current.settings.mix_batchnorm:
+                weights = self.current.last_expert
+            own = self.mix(weights)  # each (N, C)
+            mean, variance = self.statistics(x, own)
+            precision = (variance + self.eps).rsqrt()
+            scale = own.get("weight", 1) * precision
+            shift = own.get("bias", 0) - mean * scale
+        y = x * over_positions(scale, x) + over_positions(shift, x)
+        layer = self.template[0]
+        if type(layer).forward is _BatchNorm.forward:
+            return y
+        # A subclass may go on, such as timm's BatchNormAct2d with an activation: its own forward
+        # does that, with statistics and affine that change nothing.
+        neutral = {"weight": 1, "bias": 0, "running_mean": 0, "running_var": 1 - self.eps}
+        values = {}
+        for entry in self.mixed:
+            values[entry] = y.new_full(self.site_mean.shape, neutral[entry])
+        return functional_call(layer, values, (y,))
+
+    def statistics(self, x: Tensor, own: dict) -> tuple:
+        """Mean and variance, (C,) or (N, C), by which features (N, C, …) are normalised."""
+        current = self.current
+        of_batch = current.settings.batch_statistics or "running_mean" not in self.mixed
+        if of_batch or current.counting:
+            mean, variance = channel_statistics(x.to(self.site_mean.dtype))
+        if current.counting:
+            self.count(mean, variance, len(x))
+        if of_batch:
+            return mean, variance
+        n = self.site_images
+        share = self.site_share * n / (n + self.site_prior).clamp_min(1)
+        mean = torch.lerp(own["running_mean"], self.site_mean, share)
+        variance = torch.lerp(own["running_var"], self.site_variance, share)
+        return mean, variance
+
+    @torch.no_grad()
+    def count(self, mean: Tensor, variance: Tensor, images: int) -> None:
+        """Merge the statistics (C,) of some images into the site's; not by squares of means, which
+        would cancel."""
+        self.site_images += images
+        part = images / self.site_images
+        difference = mean - self.site_mean
+        self.site_variance.lerp_(variance, part)
+        self.site_variance += part * (1 - part) * difference.square()
+        self.site_mean += part * difference
 
 
+def over_positions(values: Tensor, x: Tensor) -> Tensor:
+    """Values (C,) or (N, C), in the dtype and with the number of axes of features x (N, C, …)."""
+    ones = [1] * (x.ndim - 2)
+    return values.to(x.dtype).reshape(*values.shape, *ones)
+
+
+def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and variance (C,) of each channel of features (N, C, …)."""
+    axes = [axis for axis in range(x.ndim) if axis != 1]
+    variance, mean = torch.var_mean(x, dim=axes, correction=0)
+    return mean, variance
+
+
+# ---------------------------------------------------------------- the routed network
 class RoutedNetwork(nn.Module):
     """M frozen networks as one, mixed layer by layer and image by image; made by `build_routed`.
-    The experts are buffers. Its parameters are what changes: the routers, what is added to
-    BatchNorm's affine, and, without gradient, the site's statistics.
-    `routing`: name and weights (N, M) of each routed layer in the last pass."""
+    The experts are buffers. Its parameters are what adaptation moves: the routers, and what is
+    added to the layers without a router. `train` changes nothing; after `settings` was replaced,
+    `keep_start` makes an optimiser of the new learning rate.
+    `routing`: the weights (N, M) of the last pass by the names of the layers with a router; of a
+    layer that is called twice, those of its last call."""
 
-    def __init__(self, network: nn.Module, routing: list, settings: RoutingSettings):
+    def __init__(self, network: nn.Module, experts: int, settings: RoutingSettings):
         super().__init__()
-        self.network, self.routing, self.settings = network, routing, settings
+        self.network = network
+        self.experts = experts  # M
+        self.settings = settings
+        self.routing = {}
+        self.built = self.snapshot()
         self.keep_start()
+        self.register_load_state_dict_post_hook(RoutedNetwork.keep_start)
+        self.eval()
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Images (N, C_in, H, W) → what the networks return, usually logits (N, C, H, W)."""
-        kind = x.device.type
+    def forward(self, images: Tensor, dropout: Generator | None = None,
+                counting: bool = False) -> Tensor:
+        """Images (N, C_in, …) → logits (N, C, …), C at least 2.
+        dropout: draws the dropout in the routers; None: no dropout.
+        counting: whether BatchNorm counts the images into the site's statistics (part 2)."""
+        kind = images.device.type
         if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
             raise ValueError("routing overflows in float16; use bfloat16 autocast or float32")
-        self.routing.clear()
-        for conv in self.parts(RoutedConv2d):  # a CPU reads large images faster one by one
-            conv.one_by_one = kind == "cpu" and x.shape[-1] * x.shape[-2] >= 2**14
-        y = self.network(x)
-        self.routing[:] = [(name, r.detach()) for name, r in self.routing]
-        return y
+        N, M = len(images), self.experts
+        last_expert = torch.zeros(N, M, device=images.device)
+        last_expert[:, -1] = 1
+        chunk_size = None
+        if kind == "cpu" and images[0, 0].numel() >= 128**2:
+            chunk_size = 1  # faster there than large images as groups of one convolution
+        current = Pass(self.settings, dropout, counting, chunk_size, last_expert,
+                       weights=last_expert, routing={})
+        layers = self.parts(Routed)
+        for layer in layers:
+            layer.current = current
+        try:
+            logits = logits_of(self.network(images))
+        finally:
+            for layer in layers:
+                layer.current = None  # it would keep the graph of the whole pass
+        self.routing = current.routing
+        return logits
 
-    def probabilities(self, x: Tensor) -> Tensor:
-        """Images (N, C_in, H, W) → probabilities (N, C, H, W)."""
-        logits = self(x)
-        if logits.shape[1] < 2:
-            raise ValueError("one output channel, whose softmax is 1 everywhere; two are needed")
-        return logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(dim=1)
+    def probabilities(self, images: Tensor, dropout: Generator | None = None) -> Tensor:
+        """Images (N, C_in, …) → probabilities (N, C, …), in float32 at least."""
+        logits = self(images, dropout)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return logits.to(dtype).softmax(dim=1)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Stays in evaluation mode: dropout and counting are asked for by name, pass by pass."""
+        return super().train(False)
+
+    def _apply(self, fn, *args):
+        """What `to`, `cuda` or `double` do to any module; Adam's moments go along."""
+        super()._apply(fn, *args)
+        # Loading casts the moments to the devices and types of their parameters.
+        self.optimiser.load_state_dict(self.optimiser.state_dict())
+        return self
 
     def parts(self, kind: type) -> list:
         return [module for module in self.modules() if isinstance(module, kind)]
 
-    def keep_start(self) -> None:
-        """What it is now is the start, of the leash and of `reset`: call after load_state_dict."""
-        self.start = {name: value.detach().clone() for name, value in self.named_parameters()}
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy, by name, of all that may change: the parameters and the site's statistics."""
+        parameters = dict(self.named_parameters())
+        copies = {}
+        for name, value in self.state_dict().items():
+            if name in parameters or ".site_" in name:
+                copies[name] = value.clone()
+        return copies
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        state = self.state_dict()  # shares memory with the network
+        for name, value in snapshot.items():
+            state[name].copy_(value)
+
+    def keep_start(self, *_) -> None:
+        """What it is now is the start of the leash and of `reset`. load_state_dict calls this."""
+        self.start = self.snapshot()
         self.optimiser = torch.optim.Adam(self.parameters(), lr=self.settings.lr)
 
     def reset(self) -> None:
-        """Back to the start, bit for bit."""
-        self.load_state_dict(self.start, strict=False)
+        """Back to the start, bit for bit: as it was built, fitted or loaded, whichever was last."""
+        self.restore(self.start)
         self.keep_start()
 
 
+def logits_of(output) -> Tensor:
+    """The logits (N, C, …), C at least 2, in what a network returns: the tensor itself; of a dict,
+    as HuggingFace's outputs are, the entry "logits" or "out", or else the first; of a list or tuple
+    the first. One channel z becomes two, 0 and z, whose softmax is the sigmoid of z.
+    Raises ValueError where these are probabilities already."""
+    if isinstance(output, dict):
+        first = next(iter(output.values()))
+        return logits_of(output.get("logits", output.get("out", first)))
+    if isinstance(output, (list, tuple)):
+        return logits_of(output[0])
+    if output.shape[1] == 1:
+        all_probable = output.max() <= 1
+    else:
+        all_probable = ((output.sum(dim=1) - 1).abs() <= 0.01).all()
+    if all_probable and output.min() >= 0:
+        raise ValueError("the network returns probabilities; leave out its last softmax or sigmoid")
+    if output.shape[1] == 1:
+        return torch.cat([torch.zeros_like(output), output], dim=1)
+    return output
+
+
+@torch.inference_mode(False)
 def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSettings(),
-                 generator: torch.Generator | None = None) -> RoutedNetwork:
+                 generator: Generator | None = None) -> RoutedNetwork:
     """Turn M trained networks of one architecture into one; the models stay as they are.
-    models: personalised ones first, the global one last; made of Conv2d, ConvTranspose2d and
-    BatchNorm2d among modules without parameters. generator (CPU) draws the routers' weights.
+    models: personalised ones first, the global one last. generator (CPU) draws the routers.
+    Every layer must hold all its parameters itself and be given one batch entry for each image.
     Raises ValueError, naming the layer, where models differ or one cannot be routed; what only a
-    pass can show is refused by `fit_to_site`."""
+    pass can show is refused by `check_routed`, which `fit_to_site` calls."""
     models = [getattr(model, "_orig_mod", model) for model in models]  # of torch.compile
     modules = [dict(model.named_modules()) for model in models]
-    example, routing, made = next(models[-1].parameters(), torch.empty(0)), [], {}
-    for name in dict.fromkeys(name for own in modules for name in own):
+    names = dict.fromkeys(name for own in modules for name in own)  # each once, in order
+    example = next(models[-1].parameters())
+    routed_layers = {}
+    for name in names:
         experts = [own.get(name) for own in modules]
-        kinds = {f"{type(e).__name__}({e.extra_repr() if e is not None else ''})" for e in experts}
-        if len(kinds) > 1:
-            raise ValueError(f"build_routed: the models differ in '{name}': {sorted(kinds)}")
-        last, values = experts[-1], [v for e in experts for v in e.state_dict().values()]
-        owned = [*last.parameters(recurse=False), *last.buffers(recurse=False)]
-        if not owned and type(last) is not nn.BatchNorm2d and not hasattr(last, "_orig_mod"):
-            continue
-        changed = last._forward_pre_hooks or last._forward_hooks or "forward" in vars(last)
-        if (type(last) not in (nn.Conv2d, nn.ConvTranspose2d, nn.BatchNorm2d) or changed
-                or not all(v.dtype.itemsize > 2 and v.isfinite().all() for v in values)):
-            raise ValueError(f"build_routed: cannot route '{name}', {kinds.pop()}: only Conv2d, "
-                             f"ConvTranspose2d, BatchNorm2d, without hooks or a forward of their "
-                             f"own, not compiled, finite, not in half precision")
-        routed = (RoutedBatchNorm2d(experts, routing, settings) if type(last) is nn.BatchNorm2d
-                  else RoutedConv2d(experts, name, routing, settings, generator))
-        made[id(last)] = routed.to(example)
-    # deepcopy's memo puts the routed layers, by id, in place of the last model's own.
-    return RoutedNetwork(copy.deepcopy(models[-1], made), routing, settings).eval()
+        check_alike(name, experts)
+        if needs_routing(experts[-1]):
+            for layer in experts:
+                refuse_unroutable(name, layer)
+            kind = RoutedBatchNorm if is_batchnorm(experts[-1]) else Routed
+            routed = kind(experts, name, generator)
+            routed_layers[id(experts[-1])] = routed.to(example)  # its device and precision
+    # deepcopy's second argument says, by id, what has been copied already: thus it puts the routed
+    # layers in place of the last model's own, wherever the network refers to them.
+    network = copy.deepcopy(models[-1], routed_layers)
+    return RoutedNetwork(network, len(models), settings)
+
+
+def own_values(layer: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a layer itself, not of its children; no integers."""
+    own = dict(layer.named_parameters(recurse=False))
+    own |= dict(layer.named_buffers(recurse=False))
+    values = {}
+    for name, value in own.items():
+        if value.is_floating_point():
+            values[name] = value.detach()
+    return values
+
+
+def needs_routing(layer: nn.Module) -> bool:
+    """Whether a layer has parameters besides those of its children, is BatchNorm, or computes
+    otherwise than its class does."""
+    parameters = list(layer.parameters(recurse=False))
+    is_changed = is_parametrized(layer) or "forward" in vars(layer)
+    return bool(parameters) or is_batchnorm(layer) or is_changed
+
+
+def is_batchnorm(layer: nn.Module) -> bool:
+    """InstanceNorm that keeps running statistics is one too: once trained, it uses them alike."""
+    return isinstance(layer, _BatchNorm) or has_running_statistics(layer)
+
+
+def has_running_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, _NormBase) and layer.running_mean is not None
+
+
+def check_alike(name: str, experts: list) -> None:
+    """Raise ValueError where the models' modules of this name differ, or some have none."""
+    kinds = set()
+    for expert in experts:
+        options = expert.extra_repr() if expert is not None else ""
+        kinds.add(f"{type(expert).__name__}({options})")
+    if len(kinds) > 1:
+        raise ValueError(f"build_routed: the models differ in '{name}': {sorted(kinds)}")
+
+
+def refuse_unroutable(name: str, layer: nn.Module) -> None:
+    """Raise ValueError, with the layer's name and what to do, where it cannot be routed."""
+    own = list(layer.parameters(recurse=False))
+    reason = None
+    if isinstance(layer, LazyModuleMixin):
+        reason = "is lazy; pass an image through the network first"
+    elif is_parametrized(layer):
+        reason = "is computed, as by weight_norm or spectral_norm; remove_parametrizations first"
+    elif layer._forward_pre_hooks or layer._forward_hooks:
+        reason = "has hooks, as of weight_norm, spectral_norm or pruning; remove them first"
+    elif "forward" in vars(layer):
+        reason = "has a forward of its own; compile or patch only the whole model"
+    elif len(list(layer.parameters())) > len(own):
+        reason = "holds parameters beside child modules; move them into a child of their own"
+    elif any(value.dtype.itemsize < 4 for value in own_values(layer).values()):
+        reason = "is in half precision; convert the models by .float()"
+    elif not all(value.isfinite().all() for value in own_values(layer).values()):
+        reason = "holds values that are not finite; its training has diverged"
+    if reason is not None:
+        kind = type(layer).__name__
+        raise ValueError(f"build_routed: cannot route '{name}': {kind} {reason}")
+
+
+@torch.no_grad()
+def check_routed(routed: RoutedNetwork, models: list, images: Tensor) -> None:
+    """Raise ValueError unless images (N, C_in, …) have the same logits from each model by itself
+    and from `routed` where this model has all the weight, and no other model's are nearer.
+    `routed` is afterwards as it was. For those who leave `fit_to_site` out, which calls this."""
+    if len(models) != routed.experts:
+        raise ValueError(f"{len(models)} models are given, but {routed.experts} are routed")
+    settings, state = routed.settings, routed.snapshot()
+    routed.settings = RoutingSettings()  # BatchNorm is mixed, and uses running statistics
+    routed.restore(routed.built)
+    expected, found = [], []  # of each model, logits (N, C, …)
+    try:
+        with torch.autocast(images.device.type, enabled=False):
+            for number, model in enumerate(models):
+                expected.append(logits_of(evaluation_copy(model)(images)))
+                set_start(routed, torch.eye(len(models))[number])
+                found.append(routed(images))
+    finally:
+        routed.settings = settings
+        routed.restore(state)
+    for number, logits in enumerate(found):
+        errors = [(logits - other).abs().max() for other in expected]
+        scale = expected[number].abs().max()
+        most = min(0.01 * scale, min(errors) + 1e-4 * scale)
+        if not errors[number] <= most:  # NaN is an error too
+            raise ValueError(
+                f"model {number} is not itself when it is routed: give the models and the order of "
+                "build_routed; no model may begin with a norm or hide parts from torch")
+
+
+@torch.no_grad()
+def set_start(routed: RoutedNetwork, weights: Tensor) -> None:
+    """Let every layer give every image the routing weights (M,), which sum to one."""
+    for router in routed.parts(Router):
+        weights = weights.to(router.fc2.bias)
+        scores = weights.log() if routed.settings.softmax else weights.logit()
+        router.fc2.bias.copy_(scores)
+        router.fc2.weight.zero_()
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, out of the wrapping of `torch.compile`."""
+    return copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
 
 
 # ---------------------------------------------------------------- the objective (M6 to M8)
-def draw_views(images: Tensor, generator: torch.Generator) -> Tensor:
+def draw_views(images: Tensor, generator: Generator) -> Tensor:
     """A view of each image as a number (N,): 0 … 7, or 0 … 3 where images are not square."""
-    count = 8 if images.shape[-1] == images.shape[-2] else 4
-    return torch.randint(count, (len(images),), generator=generator, device=images.device)
+    square = images.shape[-1] == images.shape[-2]
+    count = 8 if square else 4
+    return torch.randint(count, images.shape[:1], generator=generator, device=images.device)
 
 
 def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
-    """T of M6, or T⁻¹, on (N, C, H, W): by the bits of its number an image is transposed (4),
-    flipped up-down (2) and left-right (1): together the eight flips and 90° rotations."""
-    for bit in (1, 2, 4) if inverse else (4, 2, 1):
-        chosen = (views & bit > 0)[:, None, None, None]
-        if chosen.any():
-            changed = images.transpose(-1, -2) if bit == 4 else images.flip(-bit)
-            images = torch.where(chosen, changed, images)
+    """T of M6, or T⁻¹, on (N, C, …): by the bits of its number (N,) an image is transposed (4),
+    flipped up-down (2) and left-right (1): together the eight flips and 90° rotations of the last
+    two axes."""
+    bits = (1, 2, 4) if inverse else (4, 2, 1)
+    for bit in bits:
+        chosen = views & bit > 0  # (N,)
+        if not chosen.any():
+            continue
+        if bit == 4:
+            changed = images.transpose(-1, -2)
+        elif bit == 2:
+            changed = images.flip(-2)
+        else:
+            changed = images.flip(-1)
+        shape = (-1,) + (1,) * (images.ndim - 1)
+        images = torch.where(chosen.view(shape), changed, images)
     return images
 
 
-def in_another_view(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> Tensor:
-    """T⁻¹[p(T(x + ε))] (N, C, H, W) of images (N, C_in, H, W), T and ε drawn (M6)."""
+def in_another_view(routed: RoutedNetwork, images: Tensor, generator: Generator,
+                    dropout: Generator | None = None) -> Tensor:
+    """T⁻¹[p(T(x + ε))] (N, C, …) of images (N, C_in, …), T and ε drawn (M6)."""
     views = draw_views(images, generator)
     noise = torch.randn(images.shape, generator=generator, device=images.device)
-    seen = routed.probabilities(view(images + routed.settings.noise * noise, views))
-    return view(seen, views, inverse=True)
+    noisy = images + routed.settings.noise * noise
+    probabilities = routed.probabilities(view(noisy, views), dropout)
+    return view(probabilities, views, inverse=True)
 
 
 def consistency_loss(probabilities: Tensor, of_view: Tensor) -> Tensor:
-    """mean (p(x) - T⁻¹[p(T(x + ε))])², a scalar in [0, 1] (M6). Both: (N, C, H, W)."""
+    """mean (p(x) - T⁻¹[p(T(x + ε))])², a scalar in [0, 1] (M6). Both: (N, C, …)."""
     return (probabilities - of_view).square().mean()
 
 
 def shape_constraint(probabilities: Tensor, radius: int) -> Tensor:
     """Mean local range of the foreground probability: the price of contour length (M7).
-    probabilities: (N, C, H, W) in [0, 1], class 0 the background.
-    radius: half width d of the (2d+1)² window, in pixels; scale it with the image.
+    probabilities: (N, C, …) in [0, 1], class 0 the background.
+    radius: half width d of the window, 2d + 1 wide along each axis, in pixels.
     Returns a scalar in [0, 1]: 0 for a constant map. Paper: idea; published code: window."""
-    foreground = 1 - probabilities[:, :1]
-    window = {"kernel_size": 2 * radius + 1, "stride": 1, "padding": radius}
-    return (F.max_pool2d(foreground, **window) + F.max_pool2d(-foreground, **window)).mean()
+    foreground = 1 - probabilities[:, :1]  # (N, 1, …)
+    max_pool = F.max_pool3d if foreground.ndim == 5 else F.max_pool2d
+    width = 2 * radius + 1
+    highest = max_pool(foreground, width, stride=1, padding=radius)
+    lowest = -max_pool(-foreground, width, stride=1, padding=radius)
+    return (highest - lowest).mean()
 
 
 def entropy_loss(probabilities: Tensor) -> Tensor:
     """Mean over pixels of -Σ_c p_c log p_c / log C, a scalar in [0, 1] (M8). Published code."""
-    entropy = -torch.xlogy(probabilities, probabilities.clamp_min(1e-12)).sum(dim=1)
-    return entropy.mean() / torch.tensor(probabilities.shape[1]).log()
+    positive = probabilities.clamp_min(1e-12)  # for finite gradients at 0
+    entropy = -torch.xlogy(probabilities, positive).sum(dim=1)  # (N, …)
+    return entropy.mean() / math.log(probabilities.shape[1])
 
 
 def objective(routed: RoutedNetwork, images: Tensor,
-              generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """λ_con L_con + λ_shape L_shape + λ_ent L_ent of a batch; its probabilities (N, C, H, W)."""
-    settings, probabilities = routed.settings, routed.probabilities(images)
+              generator: Generator) -> tuple[Tensor, Tensor]:
+    """λ_con L_con + λ_shape L_shape + λ_ent L_ent of images (N, C_in, …), a scalar, and their
+    probabilities (N, C, …) without gradient. The routers' dropout is on."""
+    settings = routed.settings
+    probabilities = routed.probabilities(images, dropout=generator)
     loss = probabilities.new_zeros(())
     if settings.consistency:
-        of_view = in_another_view(routed, images, generator)
+        of_view = in_another_view(routed, images, generator, dropout=generator)
         loss = loss + settings.consistency * consistency_loss(probabilities, of_view)
     if settings.shape:
-        radius = max(1, round(settings.radius * min(images.shape[-2:])))
-        loss = loss + settings.shape * shape_constraint(probabilities, radius)
+        radius = round(settings.radius * min(probabilities.shape[2:]))
+        loss = loss + settings.shape * shape_constraint(probabilities, max(radius, 1))
     if settings.entropy:
         loss = loss + settings.entropy * entropy_loss(probabilities)
     return loss, probabilities.detach()
 
 
 # ---------------------------------------------------------------- adaptation
-def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator,
+@torch.inference_mode(False)
+def adapt(routed: RoutedNetwork, images: Tensor, *, generator: Generator,
           online: bool = False) -> Tensor:
-    """Tune routers and BatchNorm's affine on unlabelled images, in place; return probabilities.
-    images: (N, C_in, H, W) of one site, on the network's device, as must be the generator, which
-    draws order, noise, views and dropout. Returns (N, C, H, W). The experts never change.
+    """Tune routers and affines on unlabelled images, in place; return probabilities (N, C, …).
+    images: (N, C_in, …) of one site, on the network's device, as must be the generator, which
+    draws order, noise, views and dropout. The experts never change.
     offline: `passes` over all images in random order, then all are predicted.
     online: one step on each batch as it comes, which is then predicted; call again to go on.
     Raises ValueError, before anything changes, where there is no image or one is not finite."""
     check_images(images)
-    size, predictions = routed.settings.batch_size, []
+    size, device = routed.settings.batch_size, images.device
+    if images.is_inference():
+        images = images.clone()  # what inference mode made knows no gradients
     if not online:
         for _ in range(routed.settings.passes):
-            order = torch.randperm(len(images), generator=generator, device=images.device)
-            for numbers in order.split(size):
+            order = torch.randperm(len(images), generator=generator, device=device)
+            for numbers in in_batches(order, size):
                 step(routed, images[numbers], generator)
         return predict(routed, images)
-    for batch in images.split(size):
-        if any(norm.site_share > 0 for norm in routed.parts(RoutedBatchNorm2d)):
+    predictions = []
+    for batch in in_batches(images, size):
+        if any(norm.site_share > 0 for norm in routed.parts(RoutedBatchNorm)):
             measure_site(routed, batch)  # part 2
         step(routed, batch, generator)
         predictions.append(predict(routed, batch))
@@ -326,122 +638,140 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: torch.Generator,
 
 
 def check_images(images: Tensor) -> None:
-    if not len(images) or not images.isfinite().all():
+    if len(images) == 0 or not images.isfinite().all():
         raise ValueError("no images, or values that are not finite")
 
 
+def in_batches(values: Tensor, size: int) -> tuple[Tensor, ...]:
+    """Batches of nearly equal size: a last batch of one image would meet its own statistics."""
+    return values.tensor_split(math.ceil(len(values) / size))
+
+
 @torch.enable_grad()
-def step(routed: RoutedNetwork, images: Tensor, generator: torch.Generator) -> None:
-    """One step of Adam on the objective of a batch (N, C_in, H, W)."""
-    for router in routed.eval().parts(Router):
-        router.train().generator = generator  # dropout on; `predict` turns it off
+def step(routed: RoutedNetwork, images: Tensor, generator: Generator) -> None:
+    """One step of Adam on the objective of a batch (N, C_in, …)."""
     loss, probabilities = objective(routed, images, generator)
     routed.optimiser.zero_grad()
     loss.backward()
     routed.optimiser.step()
     if routed.settings.leash is not None:
-        pull_back(routed.eval(), images, probabilities)  # part 2
+        pull_back(routed, images, probabilities)  # part 2
 
 
 @torch.no_grad()
 def predict(routed: RoutedNetwork, images: Tensor) -> Tensor:
-    """Probabilities (N, C, H, W) of images (N, C_in, H, W), dropout off, all finite."""
-    batches = images.split(routed.settings.batch_size)
-    probabilities = torch.cat([routed.eval().probabilities(batch) for batch in batches])
+    """Probabilities (N, C, …) of images (N, C_in, …), dropout off, all finite."""
+    check_images(images)
+    batches = in_batches(images, routed.settings.batch_size)
+    probabilities = torch.cat([routed.probabilities(batch) for batch in batches])
     if not probabilities.isfinite().all():
         raise ValueError("predict: not every probability is finite; training may have diverged")
     return probabilities
 
 
 # ================================================================ part 2: ours
+PRIOR_IMAGES = 16  # of the site, what trained statistics are worth (Schneider et al. 2020)
+
+
+@torch.inference_mode(False)
 @torch.no_grad()
-def fit_to_site(routed: RoutedNetwork, models: list[nn.Module], images: Tensor, *,
+def fit_to_site(routed: RoutedNetwork, models: list, images: Tensor, *,
                 start: str = "matched", global_prior: float | None = 0.5,
                 share: float | None = None, online: bool = False) -> None:
     """Once, before the first step: where routing starts, and whose BatchNorm statistics it uses.
-    For another hospital `reset` first. Every image and layer starts alike; steps change that.
-    models: those that `routed` was built from. images: (N, C_in, H, W) of the site, for `online`
-    the first batch, which `adapt` will count itself.
-    start: "matched", every layer at weights ∝ prior · exp(-D / spread), D a model's divergence,
-    spread its standard deviation; "uniform"; or "random", as built. global_prior: of the last one,
-    None: that of all. share: of the site's statistics, by default `site_share`.
-    Raises ValueError where a model, routed alone, does not give what it gives itself."""
+    It begins with `routed` as it was built, whatever was adapted, fitted or loaded before. Every
+    image and layer starts alike; steps change that.
+    models: those that `routed` was built from, in the same order (see `check_routed`).
+    images: (N, C_in, …) of the site; for `online` the first batch, which `adapt` counts itself.
+    start: "matched", see `start_weights`; "uniform"; or "random": the routers as they were built.
+    share: of the site's statistics in BatchNorm's, in [0, 1], used as it is. By default it is
+    `site_share` · n / (n + 16) where n images were counted: one image alone does not decide.
+    Networks without BatchNorm have no statistics to compare: "matched" is then the prior alone."""
     check_images(images)
     if start not in ("matched", "uniform", "random"):
-        raise ValueError(f"fit_to_site: start '{start}' is not matched, uniform or random")
-    probe = build_routed(models, generator=torch.Generator())
-    for number, model in enumerate(models):
-        route_alike(probe, torch.eye(len(models))[number])
-        with torch.autocast(images.device.type, enabled=False):
-            expected, found = plain_copy(model)(images[:2]), probe(images[:2])
-        if not (found - expected).abs().max() <= 0.01 * expected.abs().max():
-            raise ValueError(f"fit_to_site: model {number} is not itself when it is routed: parts "
-                             f"are unregistered, unlike the others', or begin with a BatchNorm")
+        raise ValueError(f"start is '{start}', but may be matched, uniform or random")
+    if share is not None and not 0 <= share <= 1:
+        raise ValueError(f"share is {share}, but may be 0 to 1")
+    contrast = images.flatten(1).std(dim=1)
+    fullest = contrast.topk(min(2, len(images))).indices
+    check_routed(routed, models, images[fullest])
     D = torch.stack([divergence(model, images) for model in models])  # (M,)
-    weights = torch.full_like(D, 1 / len(D))
-    if start == "matched":
-        if global_prior is not None and len(D) > 1:
-            weights[:-1], weights[-1] = (1 - global_prior) / (len(D) - 1), global_prior
-        # Below 0.05 differences of D are not worth telling apart: real sites lie 0.03 to 0.2 away.
-        weights = weights * torch.exp((D.min() - D) / D.std(correction=0).clamp_min(0.05))
+    routed.restore(routed.built)
     if start != "random":
-        route_alike(routed, (weights / weights.sum()).clamp(1e-6, 1 - 1e-6))
-    share = site_share(models, D[-1]) if share is None else share
-    for norm in routed.parts(RoutedBatchNorm2d):
-        for value in (norm.site_mean, norm.site_variance, norm.site_images):
-            value.zero_()
+        weights = torch.full_like(D, 1 / len(D))
+        if start == "matched":
+            weights = start_weights(D, global_prior)
+        set_start(routed, weights.clamp(1e-6, 1 - 1e-6))  # so that gradients reach every expert
+    prior_images = 0
+    if share is None:
+        share = site_share(models, D[-1])
+        prior_images = PRIOR_IMAGES
+    for norm in routed.parts(RoutedBatchNorm):
         norm.site_share.fill_(share)
-    if not online:  # up to 64 in one pass: each layer needs the statistics before it; all patients
-        chosen = torch.linspace(0, len(images) - 1, min(len(images), 64)).round().long()
-        measure_site(routed, images[chosen])
+        norm.site_prior.fill_(prior_images)
+    if not online:
+        measure_site(routed, some_of_all(images))
     routed.keep_start()
 
 
-@torch.no_grad()
-def route_alike(routed: RoutedNetwork, weights: Tensor) -> None:
-    """Let every layer give every image the routing weights (M,), which sum to one."""
-    for router in routed.parts(Router):
-        w = weights.to(router.fc2.weight)
-        router.fc2.bias.copy_(w.log() if router.settings.softmax else w.logit())
-        router.fc2.weight.zero_()
-
-
-def plain_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, out of the wrapping of `torch.compile`."""
-    return copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
+def start_weights(D: Tensor, global_prior: float | None = 0.5) -> Tensor:
+    """Routing weights (M,) to start from, which sum to one: ∝ prior · exp(-D / spread).
+    D: the models' `divergence` (M,), spread their standard deviation.
+    global_prior: the last model's prior, in [0, 1], the others share the rest; None: all alike."""
+    experts = len(D)
+    prior = torch.full_like(D, 1 / experts)
+    if global_prior is not None and experts > 1:
+        prior[:-1] = (1 - global_prior) / (experts - 1)
+        prior[-1] = global_prior
+    # Below 0.05 differences of D are not worth telling apart: real sites lie 0.03 to 0.2 away.
+    spread = D.std(correction=0).clamp_min(0.05)
+    weights = prior * torch.exp((D.min() - D) / spread)
+    return weights / weights.sum()
 
 
 @torch.no_grad()
 def divergence(model: nn.Module, images: Tensor) -> Tensor:
-    """How far images (N, C_in, H, W) are from what a network was trained on: a scalar, 0 is near.
-    `gaussian_divergence` of the inputs of BatchNorms with running statistics, mean over these."""
-    model, sums = plain_copy(model), {}
+    """How far images (N, C_in, …) are from what a network was trained on: a scalar, 0 is near.
+    `gaussian_divergence` of the inputs of norms with running statistics, mean over these; 0 where
+    there are none."""
+    model = evaluation_copy(model)
+    sums = {}  # by norm (3, C): of the images, of their means, of their mean squares
 
     def count(norm: nn.Module, inputs: tuple) -> None:
-        x = inputs[0].to(torch.promote_types(inputs[0].dtype, torch.float32))
-        variance, mean = (v.double() for v in torch.var_mean(x, dim=(0, 2, 3), correction=0))
-        part = len(x) * torch.stack([torch.ones_like(mean), mean, variance + mean.square()])
-        sums[norm] = sums.get(norm, 0) + part  # (3, C)
+        x = inputs[0]
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        mean, variance = channel_statistics(x)
+        mean, variance = mean.double(), variance.double()
+        one = torch.ones_like(mean)
+        moments = torch.stack([one, mean, variance + mean.square()])
+        sums[norm] = sums.get(norm, 0) + len(x) * moments
 
     for norm in running_norms(model):
         norm.register_forward_pre_hook(count)
-    for batch in images.split(32):
+    for batch in images.split(8):
         model(batch)
-    layers = [gaussian_divergence(mean / n, square / n - (mean / n).square(), norm)
-              for norm, (n, mean, square) in sums.items()]
-    return torch.stack(layers).mean().float() if layers else images.new_zeros(())
+    if not sums:
+        return torch.tensor(0.0, device=images.device)
+    layers = []
+    for norm, (n, means, squares) in sums.items():
+        mean = means / n
+        variance = squares / n - mean.square()
+        layers.append(gaussian_divergence(mean, variance, norm))
+    return torch.stack(layers).mean().float()
 
 
-def gaussian_divergence(mean: Tensor, variance: Tensor, norm: nn.BatchNorm2d) -> Tensor:
-    """KL(these ‖ running statistics of `norm`) of two Gaussians a channel, mean over channels."""
+def gaussian_divergence(mean: Tensor, variance: Tensor, norm: nn.Module) -> Tensor:
+    """KL(these ‖ running statistics of `norm`) of two Gaussians a channel, mean over channels.
+    mean, variance: (C,)."""
     own = norm.running_var + norm.eps
     ratio = (variance + norm.eps) / own
-    return (((mean - norm.running_mean).square() / own + ratio - 1 - ratio.log()) / 2).mean()
+    distance = (mean - norm.running_mean).square() / own
+    divergences = (distance + ratio - 1 - ratio.log()) / 2  # (C,)
+    return divergences.mean()
 
 
-def running_norms(model: nn.Module) -> list[nn.BatchNorm2d]:
-    return [module for module in model.modules()
-            if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None]
+def running_norms(model: nn.Module) -> list[nn.Module]:
+    return [module for module in model.modules() if has_running_statistics(module)]
 
 
 def site_share(models: list[nn.Module], D: Tensor) -> float:
@@ -451,30 +781,47 @@ def site_share(models: list[nn.Module], D: Tensor) -> float:
     keeps what was learnt from more images than it has. 0 where u does not exist: one model alone,
     no running statistics. The constant was set on six real sources and the simulation's seed 41."""
     *others, last = [running_norms(model) for model in models]
-    layers = [gaussian_divergence(norm.running_mean, norm.running_var, own)
-              for norms in others for norm, own in zip(norms, last)]
-    u = torch.stack(layers).mean() if layers else torch.inf
-    return float(1 / (1 + (7 * u / D.clamp_min(1e-12)) ** 4))
+    layers = []
+    for norms in others:
+        for norm, own in zip(norms, last):
+            layers.append(gaussian_divergence(norm.running_mean, norm.running_var, own))
+    if not layers:
+        return 0.0
+    u = torch.stack(layers).mean()
+    ratio = u / D.clamp_min(1e-12)
+    return float(1 / (1 + (7 * ratio) ** 4))
+
+
+def some_of_all(images: Tensor) -> Tensor:
+    """What can be measured in one pass, since each layer needs the statistics of those before it:
+    evenly chosen among all patients at most 64 images, and no more pixels than 64 of 192²; but at
+    least 8 images, if there are as many."""
+    most = 64 * 192**2 // images[0, 0].numel()
+    count = min(len(images), max(8, min(64, most)))
+    chosen = torch.linspace(0, len(images) - 1, count)
+    return images[chosen.round().long()]
 
 
 @torch.no_grad()
 def measure_site(routed: RoutedNetwork, images: Tensor) -> None:
-    """Count images (N, C_in, H, W) into the site's statistics."""
-    for norm in routed.eval().parts(RoutedBatchNorm2d):
-        norm.train()
-    routed(images)
-    routed.eval()
+    """Count images (N, C_in, …) into the site's statistics, in one pass."""
+    routed(images, counting=True)
 
 
 @torch.no_grad()
 def pull_back(routed: RoutedNetwork, images: Tensor, probabilities: Tensor) -> None:
     """The leash. Every term of the objective is least for an empty mask, and no image says how
-    generously its annotator draws: where the area of a class in these probabilities, those before
-    the step, is more than `leash` off what the start gives, all that adapts goes half way back."""
-    start = {n: routed.start[n].to(v) for n, v in routed.named_parameters() if v.requires_grad}
-    logits = torch.func.functional_call(routed, start, (images,))
-    at_start = logits.to(probabilities.dtype).softmax(dim=1)
-    area, before = (p[:, 1:].mean(dim=(0, 2, 3)) for p in (probabilities, at_start))  # (C-1,)
-    if ((area - before).abs() > routed.settings.leash * before).any():
-        for name, value in start.items():
-            routed.get_parameter(name).lerp_(value, 0.5)
+    generously its annotator draws: where the area of a class in these probabilities (N, C, …),
+    those before the step, is more than `leash` off what the start gives, all that adapts goes half
+    way back."""
+    adapted = {}
+    for name, value in routed.named_parameters():
+        adapted[name] = value.clone()
+        value.copy_(routed.start[name])
+    at_start = routed.probabilities(images)
+    area = probabilities.transpose(0, 1).flatten(1).mean(dim=1)  # (C,)
+    before = at_start.transpose(0, 1).flatten(1).mean(dim=1)
+    moved = (area - before).abs() > routed.settings.leash * before
+    way = 0.5 if moved[1:].any() else 1.0  # class 0 is the background
+    for name, value in routed.named_parameters():
+        value.lerp_(adapted[name], way)

@@ -9,7 +9,7 @@
     python train.py --resume runs/prostate        go on with a run that was interrupted
     python train.py --resume runs/prostate --rounds 60 --methods tent    go on with a finished one
 
-Exit status: 0 all went well, 1 a file cannot be used or training diverged, 2 wrong use.
+Exit status: 0 all went well, 1 a file cannot be used or training diverged, 2 wrong use, 130 Ctrl-C.
 """
 
 import argparse
@@ -17,7 +17,6 @@ import copy
 import ctypes
 import io
 import json
-import math
 import os
 import platform
 import sys
@@ -88,29 +87,29 @@ def federation(args, dataset, seed: int, hold_out: str | None, way: str, folder:
     model = new_model(args, dataset, seed)
 
     # Inside. A round: local training, the average, and each hospital's personalised model.
-    inside = load_progress(folder / "last.pt")
+    progress = load_progress(folder / "last.pt")
+    personal, fine_tuned = progress.personal, progress.fine_tuned
     tick = time.perf_counter()
-    for last in rounds_of(args, model, sites, way, seed, after=inside.last):
-        inside.last = last
+    for last in rounds_of(args, model, sites, way, seed, after=progress.last):
+        progress.last = last
         for name, local in last.local.items():
-            personal = inside.personal
             personal[name] = iopfl.update_personal(personal.get(name), local, args.alpha)  # M2
-            inside.fine_tuned[name] = local  # the same with α = 0
-        inside.history.append(scores_of_round(args, dataset, sites, model, way, inside))
-        save_progress(folder / "last.pt", inside)
+            fine_tuned[name] = local  # the same with α = 0
+        progress.history.append(scores_of_round(args, dataset, sites, model, way, progress))
+        save_progress(folder / "last.pt", progress)
         print_round(last, args.rounds, seconds=time.perf_counter() - tick)
         tick = time.perf_counter()
-    draw_curves(inside.history, folder / "curves.png")
-    tell_absent(sites, way, inside)
+    draw_curves(progress.history, folder / "curves.png")
+    tell_absent(sites, way, progress)
     rows = []
     for method in methods:
         if method in INSIDE:
-            rows += score_inside(args, dataset, sites, model, inside, method, "inside")
-            rows += score_inside(args, dataset, sites, model, inside, method, "validation")
+            rows += score_inside(args, dataset, sites, model, progress, method, "inside")
+            rows += score_inside(args, dataset, sites, model, progress, method, "validation")
 
     # Outside. What is routed: the personalised models and, as the last one, the global model.
     if hold_out and way == "plain":
-        models = routed_models(model, inside)
+        models = routed_models(model, progress)
         outside_rows, weights = hospital_outside(
             args, dataset, hold_out, models, methods, seed, folder)
         rows += outside_rows
@@ -121,7 +120,7 @@ def federation(args, dataset, seed: int, hold_out: str | None, way: str, folder:
     result |= {"seed": seed, "hold_out": hold_out}
     result["rows"] += rows
     result["methods"] += methods
-    result["history"] = inside.history
+    result["history"] = progress.history
     result["seconds"] += time.perf_counter() - begin
     save(folder / "rows.json", result)
     return result
@@ -143,12 +142,12 @@ def rounds_of(args, model, sites: list, way: str, seed: int, after: iopfl.Round 
         participation=args.participation, seed=seed, after=after)
 
 
-def routed_models(model: nn.Module, inside: "Inside") -> dict[str, nn.Module]:
+def routed_models(model: nn.Module, progress: "Progress") -> dict[str, nn.Module]:
     """The personalised models by hospital and, as the last one, the global model."""
     models = {}
-    for name, state in inside.personal.items():
+    for name, state in progress.personal.items():
         models[name] = iopfl.with_state(model, state)
-    models["global"] = iopfl.with_state(model, inside.last.global_state)
+    models["global"] = iopfl.with_state(model, progress.last.global_state)
     return models
 
 
@@ -178,7 +177,8 @@ def hospital_outside(args, dataset, name: str, models: dict, methods: list, seed
 
 
 # ---------------------------------------------------------------- methods inside
-# How the clients train in each kind of federation. Several methods are read off the plain one.
+# How the clients train in each kind of federation. Several methods are read off the plain one,
+# the only one whose personalised models are used.
 TRAINING = {
     "plain": iopfl.Training(),
     "fedprox": iopfl.Training(proximal=0.001),  # Li et al. 2020
@@ -203,7 +203,7 @@ INSIDE = {
 
 
 @dataclass
-class Inside:
+class Progress:
     """What a federation has made so far; last.pt keeps it, so that an interrupted run goes on."""
 
     last: iopfl.Round | None = None
@@ -212,15 +212,15 @@ class Inside:
     history: list[dict] = field(default_factory=list)  # see `scores_of_round`
 
 
-def state_for(method: str, site: str, inside: Inside) -> iopfl.State:
+def state_for(method: str, site: str, progress: Progress) -> iopfl.State:
     """The state that serves a hospital inside; the shared one until it has a model of its own."""
-    shared = inside.last.model_of(site)
+    shared = progress.last.model_of(site)
     if method == "iopfl":
-        return inside.personal.get(site, shared)
+        return progress.personal.get(site, shared)
     if method == "fedavg-ft":
-        return inside.fine_tuned.get(site, shared)
+        return progress.fine_tuned.get(site, shared)
     if method == "ditto":
-        return inside.last.second.get(site, shared)
+        return progress.last.second.get(site, shared)
     return shared
 
 
@@ -300,7 +300,8 @@ def routing_ours(models, split, seed):
 
 
 def oracle(models, split, seed):
-    """The ceiling: ten epochs on the labels of one half of the cases, to predict the other half."""
+    """The ceiling: the global model, trained for ten more epochs on the labels of one half of the
+    cases, predicts the other half; and the other way round."""
     generator = seeded(seed)
     cases = list(dict.fromkeys(split.cases))
     order = torch.randperm(len(cases), generator=generator)
@@ -353,7 +354,7 @@ def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list
     sums = {}
     for batch in images.split(routed.settings.batch_size):
         routed(batch.float())
-        for layer, weights in dict(routed.routing).items():  # (batch, M)
+        for layer, weights in routed.routing.items():  # (batch, M)
             sums[layer] = sums.get(layer, 0) + weights.sum(dim=0)
     return {layer: (total / len(images)).tolist() for layer, total in sums.items()}
 
@@ -437,9 +438,9 @@ def print_round(last: iopfl.Round, rounds: int, seconds: float) -> None:
     print(f"round {last.number:3}/{rounds}  Dice loss  {shown}  {left:4.0f} s left")
 
 
-def tell_absent(sites: list, way: str, inside: "Inside") -> None:
+def tell_absent(sites: list, way: str, progress: "Progress") -> None:
     """Name the hospitals that no round has drawn, which --participation can bring about."""
-    absent = [site.name for site in sites if site.name not in inside.fine_tuned]
+    absent = [site.name for site in sites if site.name not in progress.fine_tuned]
     if absent and way != "centralised":
         print(f"never took part, scored with the global model: {', '.join(absent)}")
 
@@ -469,26 +470,26 @@ def score(dataset, site, split, prediction, phase: str, method: str) -> list[dic
     return [labels | row for row in rows]
 
 
-def score_inside(args, dataset, sites, model, inside, method: str, phase: str) -> list[dict]:
-    """Rows of each hospital's model on its images of the phase "inside" (test) or "validation"."""
+def score_inside(args, dataset, sites, model, progress, method: str, phase: str) -> list[dict]:
+    """Rows of each hospital's model: phase "inside" on its test images, or "validation"."""
     rows = []
     for site in sites:
         split = site.test if phase == "inside" else site.validation
-        serving = iopfl.with_state(model, state_for(method, site.name, inside))
+        serving = iopfl.with_state(model, state_for(method, site.name, progress))
         prediction = iopfl.predict(serving, split.images.to(args.device))
         rows += score(dataset, site, split, prediction, phase, method)
     return rows
 
 
-def scores_of_round(args, dataset, sites, model, way: str, inside: Inside) -> dict:
+def scores_of_round(args, dataset, sites, model, way: str, progress: Progress) -> dict:
     """The losses of the last round and, of every fifth, the mean validation Dice of methods."""
-    last = inside.last
+    last = progress.last
     entry = {"round": last.number, "losses": last.losses}
     if last.number % 5 == 0:
         entry["validation"] = {}
         methods = ["fedavg", "iopfl"] if way == "plain" else [way]
         for method in methods:
-            rows = score_inside(args, dataset, sites, model, inside, method, "validation")
+            rows = score_inside(args, dataset, sites, model, progress, method, "validation")
             mean = np.mean([row["dice"] for row in rows])
             entry["validation"][method] = float(mean)
     return entry
@@ -653,17 +654,17 @@ def load_result(file: Path, rounds: int) -> dict:
     return {"rounds": rounds, "methods": [], "rows": [], "routing": {}, "history": [], "seconds": 0}
 
 
-def load_progress(file: Path) -> Inside:
+def load_progress(file: Path) -> Progress:
     """The last whole round of a federation that was interrupted, or the beginning."""
     if not file.exists():
-        return Inside()
+        return Progress()
     saved = load(file, "last", "personal", "fine_tuned", "history")
     saved["last"] = iopfl.Round(**saved["last"])
-    return Inside(**saved)
+    return Progress(**saved)
 
 
-def save_progress(file: Path, inside: Inside) -> None:
-    save(file, vars(inside) | {"last": vars(inside.last)})
+def save_progress(file: Path, progress: Progress) -> None:
+    save(file, vars(progress) | {"last": vars(progress.last)})
 
 
 def save(file: Path, content: dict) -> None:
@@ -937,13 +938,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--root", help="folders of real images instead, one a hospital (README.md)")
     add("--mask-values", type=int, nargs="+", help="grey values of the classes in their masks")
     add("--size", type=int, default=96, help="height and width of an image (96)")
-    add("--images-per-site", type=int, default=60, help="simulated: 60 %% train (60)")
+    add("--images-per-site", type=int, default=60, help="simulated; six of ten train (60)")
     add("--list", action="store_true", help="show what the images are and end")
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--methods", nargs="+", help=f"all-inside, all-outside, {', '.join([*INSIDE, *OUTSIDE])}")
     add("--hold-out", help="the hospital outside: a name, all (in turn) or none; else the last")
-    add("--seeds", type=int, nargs="+", help="one federation each (0)")
+    add("--seeds", type=int, nargs="+", help="all is done once for each of them (0)")
     add("--rounds", type=int, help="federated rounds (30)")
     add("--participation", type=float, default=1.0, help="share of the hospitals in a round (1)")
     add("--local-epochs", type=int, default=1, help="epochs of local training in a round (1)")
@@ -981,7 +982,7 @@ def settings_of_run(args, parser: Parser) -> argparse.Namespace:
         parser.error("beside --resume only --rounds, --seeds, --methods and --root may be given")
     if given.get("rounds", saved["rounds"]) < saved["rounds"]:
         parser.error(f"--rounds: the run has {saved['rounds']} already")
-    if "ditto" in given.get("methods", []) and "ditto" not in saved["methods"]:
+    if "ditto" in named_methods(given.get("methods", [])) and "ditto" not in saved["methods"]:
         parser.error("--methods: ditto has models from the first round on; start a new run")
     for name in ("seeds", "methods"):
         given[name] = saved[name] + given.get(name, [])
@@ -1003,17 +1004,24 @@ def fill_in_defaults(args) -> None:
     if args.methods is None:
         args.methods = ["fedavg", "iopfl"]
         if args.hold_out != "none":
-            args.methods += ["global", "average", "routing-published", "routing-ours"]
-        if args.published:
-            args.methods.remove("routing-ours")
-    if "all-inside" in args.methods:
-        args.methods += INSIDE
-    if "all-outside" in args.methods:
-        args.methods += OUTSIDE
-    groups = ("all-inside", "all-outside")
-    names = dict.fromkeys(args.methods)  # each once
-    args.methods = [name for name in names if name not in groups]
+            args.methods += ["global", "average", "routing-published"]
+            if not args.published:
+                args.methods.append("routing-ours")
+    args.methods = named_methods(args.methods)
     args.seeds = list(dict.fromkeys(args.seeds or [0]))
+
+
+def named_methods(words: list[str]) -> list[str]:
+    """Each method once, and all of a group in the place of its word."""
+    names = []
+    for word in words:
+        if word == "all-inside":
+            names += INSIDE
+        elif word == "all-outside":
+            names += OUTSIDE
+        else:
+            names.append(word)
+    return list(dict.fromkeys(names))
 
 
 def check(args, parser: Parser) -> None:
@@ -1022,7 +1030,7 @@ def check(args, parser: Parser) -> None:
         if getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} must be at least 1")
     if args.images_per_site < 4:
-        parser.error("--images-per-site must be at least 4: train, validation and test")
+        parser.error("--images-per-site must be at least 4: two train, one validates, one tests")
     if args.size <= 2**args.depth:
         parser.error(f"--size must be above {2**args.depth} pixels, which --depth makes one")
     if args.width * 2**args.depth > 2**13:

@@ -14,7 +14,6 @@ import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from torch import Tensor
 
 import iopfl
@@ -99,7 +98,9 @@ def vary_routing(args, dataset, result: dict, models: list) -> dict[str, list[fl
         with train.autocast(args.device, args.precision):
             probabilities = route(models, split.images.float(), result["seed"], **changes)
         prediction = probabilities.argmax(dim=1)
-        rows = train.score(dataset, site, split, prediction, "validation", name)
+        rows = iopfl.evaluate(
+            prediction, split.masks, split.cases, dataset.structures, site.spacing,
+            distances=False)
         scores[name] = [mean_dice(rows)]
     return scores
 
@@ -119,7 +120,9 @@ def route(
     seen = images[:settings.batch_size] if online else images
     options = {"online": online}
     if experts != "all":  # the share of the site's statistics is that of all models
-        options["share"] = router.site_share(models, router.divergence(models[-1], seen))
+        rule = router.site_share(models, router.divergence(models[-1], seen))
+        n = len(router.some_of_all(seen))
+        options["share"] = rule * n / (n + router.PRIOR_IMAGES)
     if experts == "global":
         models = models[-1:]
     if experts == "personal":
@@ -144,19 +147,19 @@ def vary_alpha(args, dataset, seed: int) -> dict[str, list[float]]:
                     states[name] = iopfl.update_personal(states.get(name), local, alpha)
         scores = {}
         for alpha in sorted(personal):
-            inside = train.Inside(last, personal[alpha])
-            scores[f"α {alpha}"] = dice_by_hospital(args, dataset, model, inside)
+            progress = train.Progress(last, personal[alpha])
+            scores[f"α {alpha}"] = dice_by_hospital(args, dataset, model, progress)
         names = [site.name for site in dataset.sites]
-        inside = train.Inside(last, dict.fromkeys(names, accumulated))
-        scores[GLOBAL_CONTROL] = dice_by_hospital(args, dataset, model, inside)
+        progress = train.Progress(last, dict.fromkeys(names, accumulated))
+        scores[GLOBAL_CONTROL] = dice_by_hospital(args, dataset, model, progress)
     return scores
 
 
-def dice_by_hospital(args, dataset, model, inside: train.Inside) -> list[float]:
+def dice_by_hospital(args, dataset, model, progress: train.Progress) -> list[float]:
     """The mean Dice of each hospital's personalised model on its test images."""
     means = []
     for site in dataset.sites:
-        rows = train.score_inside(args, dataset, [site], model, inside, "iopfl", "inside")
+        rows = train.score_inside(args, dataset, [site], model, progress, "iopfl", "inside")
         means.append(mean_dice(rows))
     return means
 

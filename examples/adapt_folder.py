@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     train.prepare_torch(argparse.Namespace(**trained.config["settings"]))
     if args.simulated:
         args.images, args.masks = draw_simulated(trained, out)
-    facts = trained.config["data"]
+    facts = dict(trained.config["data"])
     if args.mask_values:
         check_mask_values(args.mask_values, facts)
         facts["mask_values"] = args.mask_values
@@ -82,7 +82,7 @@ def report(rows: list[dict], weights: dict, trained: "Trained", out: Path) -> No
     for row in rows:
         values = [f"{key} {value:.3f}" for key, value in row.items() if key != "file"]
         print(f"{row['file']}: {', '.join(values)}")
-    for key in max(rows, key=len):
+    for key in max(rows, key=len):  # of the longest row: some have no Dice
         if key != "file":
             found = [row[key] for row in rows if key in row]
             print(f"mean {key} of {len(found)} files: {np.mean(found):.3f}")
@@ -157,8 +157,8 @@ def empty_model(config: dict, device: str) -> UNet:
 
 def load_models(federation: Path, config: dict, device: str) -> dict:
     """The personalised models of a federation by name and, as the last one, the global model."""
-    inside = train.load_progress(federation / "last.pt")
-    return train.routed_models(empty_model(config, device), inside)
+    progress = train.load_progress(federation / "last.pt")
+    return train.routed_models(empty_model(config, device), progress)
 
 
 def routing_settings(config: dict) -> router.RoutingSettings:
