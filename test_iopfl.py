@@ -570,6 +570,12 @@ def test_distances_equal_brute_force(seed):
     assert found == pytest.approx((hd95, assd), abs=1e-10)
 
 
+def test_the_nearest_may_lie_little_nearer_than_those_looked_at_first():
+    points = torch.tensor([[0.0, 0.0]])
+    others = torch.tensor([[10.0, 0.0], [0.0, -9.9]])  # the first bounds the search
+    assert iopfl.nearest(points, others).tolist() == pytest.approx([9.9])
+
+
 def test_distances_of_large_surfaces_are_fast():
     offsets = np.indices((110, 110, 110)) - 55.0
     ball = (offsets**2).sum(axis=0) < 48**2
@@ -633,10 +639,13 @@ def test_evaluate_without_distances():
 
 def test_predict():
     images = noise(5, 1, 12, 12)
-    model = tiny().train()
-    found = iopfl.predict(model, images, batch_size=2)
-    logits = model.eval()(images)
-    assert torch.equal(found, logits.argmax(dim=1))
+    model = randomise(UNet(1, 2, width=4, depth=1), 10)
+    expected = model(images).argmax(dim=1)
+    in_training = model.train()(images).argmax(dim=1)
+    assert not torch.equal(in_training, expected)
+    randomise(model, 10)  # the pass in training mode has moved its statistics
+    found = iopfl.predict(model.train(), images, batch_size=2)
+    assert torch.equal(found, expected)
     for value in (math.nan, math.inf):
         model.head.bias.data[0] = value
         with pytest.raises(FloatingPointError, match="not finite"):
@@ -1332,13 +1341,13 @@ def test_the_published_method_runs_no_line_of_ours(monkeypatch, online):
 def test_what_is_loaded_is_the_start():
     models = small_models()
     x = images(6)
-    adapted = build(models, lr=1e-2)
-    router.fit_to_site(adapted, models, x)
-    adapted(adapted, x)
-    saved = copy.deepcopy(adapted.state_dict())
-    loaded = router.build_routed(models, adapted.settings)  # other routers, from torch's generator
+    first = build(models, lr=1e-2)
+    router.fit_to_site(first, models, x)
+    adapted(first, x)
+    saved = copy.deepcopy(first.state_dict())
+    loaded = router.build_routed(models, first.settings)  # other routers, from torch's generator
     loaded.load_state_dict(saved)
-    expected = router.predict(adapted, x)
+    expected = router.predict(first, x)
     assert torch.equal(router.predict(loaded, x), expected)
     loaded.reset()
     assert torch.equal(router.predict(loaded, x), expected)
@@ -2050,7 +2059,7 @@ def test_networks_of_libraries_are_routed(name, dimensions):
     models = variants(network)
     size = 32 if name == "BasicUNet" else 8
     shape = (2, 1) + (size,) * dimensions
-    x = drawn(shape)
+    x = drawn(*shape)
     check_one_hot_and_uniform(models, x)
     routed = build(models, passes=1)
     router.fit_to_site(routed, models, x)
@@ -3449,7 +3458,7 @@ def test_rows_inside_are_those_of_the_saved_models(toy_run, method):
     for site in dataset.sites[:5]:
         states = {
             "iopfl": saved["personal"][site.name],
-            "fedavg-ft": saved["last"]["local"][site.name],
+            "fedavg-ft": saved["fine_tuned"][site.name],
             "fedavg": saved["last"]["global_state"],
             "ditto": saved["last"]["second"][site.name],
         }
@@ -3458,6 +3467,35 @@ def test_rows_inside_are_those_of_the_saved_models(toy_run, method):
         expected = dice_of_predictions(iopfl.predict(model, site.test.images), site.test.masks)
         row = find_row(toy_run, "inside", method, site.name)
         assert row["dice"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_saved_models_are_those_of_the_method(toy_run):
+    """M1 and M2 once more, with the settings of the run."""
+    saved = torch.load(toy_run / "seed0-Rowan-plain" / "last.pt", weights_only=True)
+    dataset = data.simulate_sites("prostate", 0, 16, 8)
+    clients = {site.name: site.train.to("cpu") for site in dataset.sites[:5]}
+    model = UNet(1, 2, 2, 1, seeded()).to(memory_format=torch.channels_last)
+    personal = {}
+    for last in iopfl.federate(model, clients, 2, train.WITH_DITTO):
+        for name, local in last.local.items():
+            personal[name] = iopfl.update_personal(personal.get(name), local, 0.7)
+    assert same(saved["last"]["global_state"], last.global_state)
+    for name in clients:
+        assert same(saved["personal"][name], personal[name])
+        assert same(saved["fine_tuned"][name], last.local[name])
+        assert same(saved["last"]["second"][name], last.second[name])
+
+
+def test_what_is_routed_is_each_personalised_model_and_the_global_one(toy_run):
+    file = toy_run / "seed0-Rowan-plain" / "last.pt"
+    progress = train.load_progress(file)
+    models = train.routed_models(UNet(1, 2, 2, 1), progress)
+    assert list(models) == ["Alder", "Birch", "Cedar", "Hazel", "Linden", "global"]
+    for name, model in models.items():
+        expected = progress.last.global_state
+        if name != "global":
+            expected = progress.personal[name]
+        assert same(model.state_dict(), expected) and not model.training
 
 
 @pytest.mark.parametrize("method", ["routing-ours", "routing-published"])
