@@ -286,7 +286,8 @@ class RoutedNetwork(nn.Module):
     added to the layers without a router. `train` changes nothing; after `settings` was replaced,
     `keep_start` makes an optimiser of the new learning rate.
     `routing`: the weights (N, M) of the last pass by the names of the layers with a router; of a
-    layer that is called twice, those of its last call."""
+    layer that is called twice, those of its last call. Source: the published code, but for
+    the state that is kept (ours)."""
 
     def __init__(self, network: nn.Module, experts: int, settings: RoutingSettings):
         super().__init__()
@@ -344,6 +345,7 @@ class RoutedNetwork(nn.Module):
         return self
 
     def parts(self, kind: type) -> list:
+        """All its modules of a class, such as RoutedBatchNorm, each once."""
         return [module for module in self.modules() if isinstance(module, kind)]
 
     def snapshot(self) -> dict[str, Tensor]:
@@ -357,6 +359,7 @@ class RoutedNetwork(nn.Module):
 
     @torch.no_grad()
     def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Take back the values of a `snapshot`, bit for bit; the optimiser stays as it is."""
         state = self.state_dict()  # shares memory with the network
         for name, value in snapshot.items():
             state[name].copy_(value)
@@ -397,8 +400,10 @@ def logits_of(output) -> Tensor:
 def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSettings(),
                  generator: Generator | None = None) -> RoutedNetwork:
     """Turn M trained networks of one architecture into one; the models stay as they are.
-    models: personalised ones first, the global one last. generator (CPU) draws the routers.
-    Every layer must hold all its parameters itself and be given one batch entry for each image.
+    models: personalised ones first, the global one last; on one device, in float32 or float64.
+    Each layer may be of any kind that holds all its parameters itself and is given one tensor with
+    one entry for each image: convolutions and Linear have a router, norms, PReLU and the like
+    follow. generator (CPU) draws the routers; None: torch's own.
     Raises ValueError, naming the layer, where models differ or one cannot be routed; what only a
     pass can show is refused by `check_routed`, which `fit_to_site` calls."""
     models = [getattr(model, "_orig_mod", model) for model in models]  # of torch.compile
@@ -614,7 +619,8 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: Generator,
           online: bool = False) -> Tensor:
     """Tune routers and affines on unlabelled images, in place; return probabilities (N, C, …).
     images: (N, C_in, …) of one site, on the network's device, as must be the generator, which
-    draws order, noise, views and dropout. The experts never change.
+    draws order, noise, views and dropout. The experts never change. Grey MRI or colour, 2-D or
+    3-D: whatever the networks were trained on, scaled as then.
     offline: `passes` over all images in random order, then all are predicted.
     online: one step on each batch as it comes, which is then predicted; call again to go on.
     Raises ValueError, before anything changes, where there is no image or one is not finite."""
@@ -638,6 +644,7 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: Generator,
 
 
 def check_images(images: Tensor) -> None:
+    """Raise ValueError where there is no image, or a value of one is not finite."""
     if len(images) == 0 or not images.isfinite().all():
         raise ValueError("no images, or values that are not finite")
 
@@ -660,12 +667,14 @@ def step(routed: RoutedNetwork, images: Tensor, generator: Generator) -> None:
 
 @torch.no_grad()
 def predict(routed: RoutedNetwork, images: Tensor) -> Tensor:
-    """Probabilities (N, C, …) of images (N, C_in, …), dropout off, all finite."""
+    """Probabilities (N, C, …) of images (N, C_in, …), dropout off.
+    Raises ValueError where there is no image or one is not finite, FloatingPointError where a
+    probability is not."""
     check_images(images)
     batches = in_batches(images, routed.settings.batch_size)
     probabilities = torch.cat([routed.probabilities(batch) for batch in batches])
     if not probabilities.isfinite().all():
-        raise ValueError("predict: not every probability is finite; training may have diverged")
+        raise FloatingPointError("predict: not every probability is finite; has training diverged?")
     return probabilities
 
 

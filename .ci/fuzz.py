@@ -68,7 +68,7 @@ MORE = [
 RESUMED = [
     [], [], ["--rounds", "3"], ["--methods", "global", "fedbn"], ["--seeds", "2"],
     ["--rounds", "1"], ["--root", "moved"], ["--root", "other"], ["--size", "24"]]
-COUNTED = r"left out: (\d+) files, such as"
+COUNTED = r"left out: (\d+) files or empty folders"
 ADAPTED = [[], ["--online"], ["--masks"], ["--masks"], ["--probabilities"], ["--mask-values"]]
 
 
@@ -198,8 +198,9 @@ def lay_out(site: Path, rng: random.Random) -> None:
     elif way == "renamed":
         folder.rename(folder.with_name(rng.choice([*SITES, *[folder.name.upper()] * 5])))
     elif way == "more":
-        more = folder / rng.choice(["notes.txt", "z.png", "1.bmp", "val", "masks", "train.txt"])
-        kind = rng.choice(["folder", "file", "link"])
+        names = ["notes.txt", "train.txt", "Thumbs.db", "z.png", "1.bmp", "val", "masks"]
+        more = folder / rng.choice(names)
+        kind = rng.choice(["folder", "file", "file", "link"])
         if kind == "folder":
             more.mkdir()
         elif kind == "file":
@@ -222,7 +223,7 @@ class Case:
         self.spoiled = False  # whether more than the layout was damaged
         kind = rng.choice([*KINDS])
         self.root = shutil.copytree(sound / kind, place / "root")
-        what = rng.choice(["train"] * 3 + ["adapt"] * 3 + ["resume", "options"])
+        what = rng.choice(["train", "adapt"] * 3 + ["resume", "resume", "options"])
         target = self.root / "c"
         if what == "adapt":
             target = self.adapting(rng, kind, place)
@@ -383,18 +384,24 @@ def check_ending(case: Case, before: dict, after: dict, status: int, errors: str
 
 # ---------------------------------------------------------------- what was written
 def number_left_out(told: list[str]) -> int:
-    """How many files the lines on stderr count as left out."""
+    """How many files and empty folders the lines on stderr count as left out."""
     return sum(int(number) for number in re.findall(COUNTED, "\n".join(told)))
 
 
 def files_below(*folders: Path) -> set[Path]:
-    """The files that are not hidden."""
+    """The files, links and empty folders that are not hidden."""
     files = set()
     for folder in folders:
         for path in folder.rglob("*"):
-            if path.is_file() and "/." not in f"/{path.relative_to(folder)}":
+            hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+            inside = path.iterdir() if path.is_dir() else []
+            if not hidden and all(other.name.startswith(".") for other in inside):
                 files.add(path)
     return files
+
+
+def has_known_ending(file: Path) -> bool:
+    return file.name.lower().endswith(data.IMAGE_TYPES + data.VOLUME_TYPES)
 
 
 def check_training(case: Case, told: list[str]) -> None:
@@ -425,9 +432,23 @@ def check_training(case: Case, told: list[str]) -> None:
                 state = saved["personal"].get(site.name, saved["last"]["global_state"])
                 check_rows(settings, dataset, site, state, own["rows"])
         assert all(row in rows for row in own["rows"]), "results.json lacks rows"
-    if "--resume" in case.argv and len(case.argv) == 2:  # just gone on with
-        whole = json.loads((case.sound / "whole/results.json").read_text())
-        assert rows == whole["rows"], "not the rows of the run that nobody has interrupted"
+    if "--resume" in case.argv and "--rounds" not in case.argv:
+        check_resumed(case.out, case.sound / "whole")
+
+
+def check_resumed(resumed: Path, whole: Path) -> None:
+    """The rows and, to the bit, the models of the run in one go."""
+    rows = json.loads((resumed / "results.json").read_text())["rows"]
+    for row in json.loads((whole / "results.json").read_text())["rows"]:
+        assert row in rows, f"not as in one go: {row}"
+    for file in whole.glob("seed*-plain/last.pt"):
+        in_one_go = torch.load(file, weights_only=True)
+        gone_on = torch.load(resumed / file.relative_to(whole), weights_only=True)
+        states = [[*saved["personal"].values(), saved["last"]["global_state"]]
+                  for saved in (in_one_go, gone_on)]
+        for first, second in zip(*states, strict=True):
+            for entry, value in first.items():
+                assert torch.equal(value, second[entry]), f"not as in one go: {entry}"
 
 
 def check_rows(settings, dataset, site: data.Site, state: dict, rows: list[dict]) -> None:
@@ -465,15 +486,14 @@ def check_adapting(case: Case, told: list[str]) -> None:
         case_name = re.sub("_segmentation$", "", data.stem(file), flags=re.I)
         if file.parent == images and case_name == data.stem(file):
             sources[file.name] = file
-        elif file.parent in (images, masks) and file.name.lower().endswith(
-                data.IMAGE_TYPES + data.VOLUME_TYPES):
+        elif file.parent in (images, masks) and has_known_ending(file):
             drawn[case_name] = file
     assert len(rows) == len([*(out / "masks").iterdir()]), "masks"
     alone = [line for line in told if "left out: " in line and not re.search(COUNTED, line)]
     used = len(rows) + len(alone)
     if args.masks:
         for file in sources.values():
-            if file.name.lower().endswith(data.IMAGE_TYPES + data.VOLUME_TYPES):
+            if has_known_ending(file):
                 used += data.stem(file) in drawn
     count = len(files_below(images, masks))
     assert count == used + number_left_out(told), f"{count} files, {used} used, {told}"
