@@ -304,7 +304,7 @@ def draw_clients(names: list, participation: float, seed: int, number: int) -> l
 
 
 def seeded(seed: int, number: int, client) -> torch.Generator:
-    """A generator for a client in a round, of the order of its images; for "all", of who takes part.
+    """A generator for a client in a round, of its images' order; for "all", of who takes part.
 
     client: the name, or whatever the clients are told apart by, such as a number.
     """
