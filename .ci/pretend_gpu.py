@@ -165,6 +165,21 @@ def placed(result, on_gpu: bool):
     return type(result)(parts)
 
 
+real_vmap = torch.vmap
+
+
+def vmap(function, *options, **more_options):
+    """torch.vmap; within it no tensor says where it lies, so its inputs and results are checked."""
+    mapped = real_vmap(function, *options, **more_options)
+
+    def on_one_device(*inputs):
+        refuse_mixed(real_vmap, "vmap", inputs)
+        on_gpu = any(isinstance(leaf, OnGpu) for leaf in leaves_of(inputs))
+        return placed(mapped(*inputs), on_gpu)
+
+    return on_one_device
+
+
 def pretend() -> None:
     """To be called before the script is imported."""
     torch.__future__.set_overwrite_module_params_on_conversion(True)  # module.to: new parameters
@@ -172,6 +187,8 @@ def pretend() -> None:
     for name in ("is_autocast_enabled", "get_autocast_dtype"):
         real = getattr(torch, name)
         setattr(torch, name, lambda kind, real=real: real("cpu"))
+    torch.vmap = vmap
+    torch.func.vmap = vmap
     real_autocast = torch.autocast
     torch.autocast = lambda kind, *args, **kwargs: real_autocast("cpu", *args, **kwargs)
     answers = {
