@@ -376,9 +376,9 @@ class RoutedNetwork(nn.Module):
 
 
 def logits_of(output) -> Tensor:
-    """The logits (N, C, …), C at least 2, in what a network returns: the tensor itself; of a dict,
-    as HuggingFace's outputs are, the entry "logits" or "out", or else the first; of a list or tuple
-    the first. One channel z becomes two, 0 and z, whose softmax is the sigmoid of z.
+    """The logits (N, C, …), C at least 2, in what a network returns: the tensor itself; of a
+    dict, as HuggingFace's outputs are, the entry "logits" or "out", or else the first; of a list or
+    tuple the first. One channel z becomes two, 0 and z, whose softmax is the sigmoid of z.
     Raises ValueError where these are probabilities already."""
     if isinstance(output, dict):
         first = next(iter(output.values()))
@@ -541,9 +541,9 @@ def draw_views(images: Tensor, generator: Generator) -> Tensor:
 
 
 def view(images: Tensor, views: Tensor, inverse: bool = False) -> Tensor:
-    """T of M6, or T⁻¹, on (N, C, …): by the bits of its number (N,) an image is transposed (4),
-    flipped up-down (2) and left-right (1): together the eight flips and 90° rotations of the last
-    two axes."""
+    """T of M6, or T⁻¹, on (N, C, …): by the bits of its number (N,) an image is transposed
+    (4), flipped up-down (2) and left-right (1): together the eight flips and 90° rotations of the
+    last two axes."""
     bits = (1, 2, 4) if inverse else (4, 2, 1)
     for bit in bits:
         chosen = views & bit > 0  # (N,)
