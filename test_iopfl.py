@@ -3795,6 +3795,23 @@ def test_a_full_disk_is_told_and_leaves_the_old_file(tmp_path, capsys, monkeypat
     assert file.read_bytes() == b"as it was" and len(list(tmp_path.iterdir())) == 1
 
 
+def test_a_file_in_the_place_of_a_folder_is_told(tmp_path, capsys):
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(SystemExit):
+        train.save(tmp_path / "out" / "a.json", {"a": 1})
+    assert "out/a.json: cannot be written" in capsys.readouterr().err.replace(os.sep, "/")
+    with pytest.raises(SystemExit):
+        train.load(tmp_path)  # a folder, or a pipe, which would be waited for
+    assert "missing, damaged" in capsys.readouterr().err
+
+
+def test_a_federation_without_its_models_is_told(copy_of_run, tmp_path, capsys):
+    (copy_of_run / "seed0-Rowan-plain" / "last.pt").unlink()
+    assert adapt_to(copy_of_run, "--simulated", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "last.pt is missing" in error and error.count("\n") == 1
+
+
 def test_fp32_means_fp32():
     train.prepare_torch(SimpleNamespace(threads=1))
     assert torch.backends.cudnn.allow_tf32 is False and torch.backends.cudnn.deterministic

@@ -688,13 +688,16 @@ def write_whole(file: Path, buffer: io.BytesIO) -> None:
             os.fsync(stream.fileno())
         partial.replace(file)
     except OSError as error:  # the disk is full, say
-        partial.unlink(missing_ok=True)
+        if partial.is_file():
+            partial.unlink()
         stop(f"{file}: cannot be written ({error.strerror})", 1)
 
 
 def load(file: Path, *keys: str) -> dict:
     """What `save` wrote, with these keys; nothing in the file is executed."""
     try:
+        if not file.is_file():  # a pipe would be waited for
+            raise ValueError("not a file")
         if file.suffix == ".pt":
             content = torch.load(file, map_location="cpu", weights_only=True)
         else:

@@ -158,6 +158,8 @@ def empty_model(config: dict, device: str) -> UNet:
 def load_models(federation: Path, config: dict, device: str) -> dict:
     """The personalised models of a federation by name and, as the last one, the global model."""
     progress = train.load_progress(federation / "last.pt")
+    if progress.last is None:
+        train.stop(f"{federation}/last.pt is missing", 1)
     return train.routed_models(empty_model(config, device), progress)
 
 
