@@ -43,9 +43,9 @@ with suppress(ImportError):
     KINDS["volumes"] = ("", "", ".nii", "_segmentation.nii", [])
 
 SMALL = "--threads 1 --device cpu --size 16 --width 2 --depth 1 --lr 0.01".split()
-METHODS = ["--methods", "iopfl", "routing-ours"]
-TOY = [*SMALL, *METHODS, "--rounds", "1"]
-TWO = [*SMALL, *METHODS, "--rounds", "2", "--seeds", "0", "1"]
+ROUTING = ["--methods", "iopfl", "routing-ours"]
+TOY = [*SMALL, "--rounds", "1", "--methods", "iopfl", "global"]
+TWO = [*SMALL, *ROUTING, "--rounds", "2", "--seeds", "0", "1"]
 SIMULATED = [*TOY, "--images-per-site", "4"]
 
 # What takes the place of a file; names, pixels, modes, endings.
@@ -63,10 +63,11 @@ OPTIONS = [
     "published", "root", "resume", "masks", "online", "list"]
 WORDS = ["0", "1", "2", "-1", "0.5", "nan", "inf", "x", "all", "none", "a", "\n", "fundus"]
 MORE = [
-    [], [], ["--hold-out", "none", "--methods", "iopfl", "fedavg"], ["--hold-out", "all"],
-    ["--precision", "bf16"], ["--mask-values", "0", "1"], ["--participation", "0.5"], ["--list"]]
+    [], ROUTING, ["--hold-out", "none", "--methods", "iopfl", "fedavg"], ["--hold-out", "all"],
+    ["--precision", "bf16", *ROUTING], ["--mask-values", "0", "1"], ["--participation", "0.5"],
+    ["--list"]]
 RESUMED = [
-    [], [], ["--rounds", "3"], ["--methods", "global", "fedbn"], ["--seeds", "2"],
+    [], [], ["--rounds", "3"], ["--methods", "ensemble", "fedbn"], ["--seeds", "2"],
     ["--rounds", "1"], ["--root", "moved"], ["--root", "other"], ["--size", "24"]]
 COUNTED = r"left out: (\d+) files or empty folders"
 ADAPTED = [[], ["--online"], ["--masks"], ["--masks"], ["--probabilities"], ["--mask-values"]]
