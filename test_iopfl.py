@@ -3390,6 +3390,7 @@ def test_one_bright_voxel_is_clipped():
 # ---------------------------------------------------------------- train.py, end to end
 TOY = ["--rounds", "2", "--images-per-site", "8", "--size", "16", "--width", "2", "--depth", "1"]
 TOY += ["--threads", "1"]
+TOY_FOLDER = ["--rounds", "1", "--size", "16", "--width", "2", "--depth", "1", "--threads", "1"]
 
 
 def call(main, *words) -> int:
@@ -3663,10 +3664,9 @@ def test_ditto_cannot_come_later(tmp_path, capsys):
 def test_images_may_move_but_not_change(tmp_path, capsys):
     for name in "abc":
         write_site(tmp_path / "images", name, 5)
-    toy = ["--rounds", "1", "--size", "16", "--width", "2", "--depth", "1", "--threads", "1"]
     run = tmp_path / "run"
     words = ["--root", tmp_path / "images", "--methods", "iopfl", "--out", run]
-    assert call_train(*toy, *words) == 0
+    assert call_train(*TOY_FOLDER, *words) == 0
     (tmp_path / "images").rename(tmp_path / "moved")
     assert call_train("--resume", run) == 2
     assert "no such folder" in capsys.readouterr().err
@@ -3885,8 +3885,7 @@ def folder_run(tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("folder")
     for name in "abc":
         write_site(root / "sites", name, 5, size=(20, 24), grey=True)
-    toy = ["--rounds", "1", "--size", "16", "--width", "2", "--depth", "1", "--threads", "1"]
-    assert call_train("--root", root / "sites", *toy, "--out", root / "run") == 0
+    assert call_train("--root", root / "sites", *TOY_FOLDER, "--out", root / "run") == 0
     return root / "sites", root / "run"
 
 
@@ -3981,8 +3980,7 @@ def test_wrong_use_of_adapt_folder(folder_run, tmp_path, capsys, words, part):
 def test_adapting_to_volumes(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     write_volumes(tmp_path / "sites", {"A": 4, "B": 4, "C": 4})
-    toy = ["--rounds", "1", "--size", "16", "--width", "2", "--depth", "1", "--threads", "1"]
-    assert call_train("--root", tmp_path / "sites", *toy, "--out", tmp_path / "run") == 0
+    assert call_train("--root", tmp_path / "sites", *TOY_FOLDER, "--out", tmp_path / "run") == 0
     theirs, out = tmp_path / "sites" / "C", tmp_path / "out"
     assert adapt_to(tmp_path / "run", theirs, "--masks", theirs, "--out", out) == 0
     for row in adapted_rows(out):
@@ -3994,14 +3992,18 @@ def test_adapting_to_volumes(tmp_path):
         assert row["Dice prostate"] == pytest.approx(iopfl.dice(mask, drawn))
 
 
+def variants_in(text: str) -> dict[str, list[str]]:
+    """The cells of the table of ablations, by variant."""
+    return {line[:26].strip(): line[26:].split() for line in text.split("\n")}
+
+
 def test_ablations_of_routing(toy_run, capsys, monkeypatch):
     some = {}
     for name in ("routing-ours", "share 1/2", "random start", "global only", "online"):
         some[name] = ablations.ROUTING[name]
     monkeypatch.setattr(ablations, "ROUTING", some)
     assert call(ablations.main, toy_run) == 0
-    lines = capsys.readouterr().out.split("\n")
-    found = {line[:26].strip(): line[26:].split() for line in lines}
+    found = variants_in(capsys.readouterr().out)
     for name in some:
         assert len(found[name]) == 8
     row = find_row(toy_run, "outside", "routing-ours", "Rowan")
@@ -4013,8 +4015,7 @@ def test_ablations_of_alpha(tmp_path, capsys):
     words = ["--hold-out", "none", "--methods", "iopfl", "fedavg-ft", "--out", tmp_path]
     assert call_train(*TOY, *words) == 0
     assert call(ablations.main, tmp_path) == 0
-    lines = capsys.readouterr().out.split("\n")
-    found = {line[:26].strip(): line[26:].split() for line in lines}
+    found = variants_in(capsys.readouterr().out)
     for variant, method in (("α 0.7", "iopfl"), ("α 0.0", "fedavg-ft")):
         rows = [row for row in rows_of(tmp_path) if row["phase"] == "inside"]
         dice = [row["dice"] for row in rows if row["method"] == method]

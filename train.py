@@ -158,7 +158,8 @@ def hospital_outside(args, dataset, name: str, models: dict, methods: list, seed
     weights by layer. `folder` gets the networks that routing has adapted, and pictures.
     """
     site = next(site for site in dataset.sites if site.name == name)
-    split = site.everything.to(args.device)
+    everything = site.everything
+    split = everything.to(args.device)
     networks = list(models.values())
     by_global = probabilities_of(models["global"], split.images).argmax(dim=1).cpu()
     rows, weights = [], {}
@@ -172,7 +173,7 @@ def hospital_outside(args, dataset, name: str, models: dict, methods: list, seed
             weights[method] = mean_routing(outcome.routed, split.images)
             save(folder / f"{method}.pt", iopfl.snapshot(outcome.routed))
             draw_heat_map(weights[method], list(models), folder / f"{method}-weights.png")
-            draw_outside(site.everything, by_global, prediction, folder / f"{method}-masks.png")
+            draw_outside(everything, by_global, prediction, folder / f"{method}-masks.png")
     return rows, weights
 
 
