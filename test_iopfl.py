@@ -2571,12 +2571,13 @@ PHOTOGRAPH = np.arange(1024, dtype=np.int64).reshape(32, 32).astype(np.uint8)
 @pytest.mark.parametrize("pixels, mask_values, parts", [
     (SPOT[:20, :24], None, ["(1, 20, 24)", "(1, 32, 32)", "resample"]),
     (255 * SPOT, None, ["255", "0, 1 …", "--mask-values 0 255"]),
-    (7 * SPOT, [0, 1], ["7 is not among --mask-values [0, 1]"]),
+    (7 * SPOT, [0, 1], ["0 7 are not all among --mask-values [0, 1]"]),
     (RED, None, ["one channel"]),
     (float_pixels(0.5), None, ["whole numbers"]),
     (float_pixels(-1), None, ["from 0"]),
     (float_pixels(math.nan), None, ["not finite"]),
-    (PHOTOGRAPH, None, ["256 values", "--mask-values"]),
+    (PHOTOGRAPH, None, ["256 values", "save it as PNG with one value a class"]),
+    (SPOT + 255 * SPOT[::-1], None, ["255 would be a class", "no pixel is ignored", "0 1 255"]),
     (3 * SPOT, None, ["[0, 1, 3]", "0, 1 …", "--mask-values"]),
 ])
 def test_masks_that_cannot_be_used(two_sites, pixels, mask_values, parts):
@@ -2665,6 +2666,10 @@ def without_a_mask(root):
     (root / MASK).unlink()
 
 
+def image_that_is_called_a_mask(root):
+    shutil.copy(root / IMAGE, root / "a/images/scan_segmentation.png")
+
+
 def without_masks(root):
     shutil.rmtree(root / "a/masks")
 
@@ -2723,6 +2728,7 @@ def another_layout(root):
 @pytest.mark.parametrize("spoil, parts", [
     (without_a_mask, [IMAGE, "no mask", "add it"]),
     (without_masks, ["a/images/00.png", "no mask"]),
+    (image_that_is_called_a_mask, ["scan_segmentation.png has no mask", "add it"]),
     (without_images, ["'a'", "0 in all", "3 or more"]),
     (too_few_images, ["'a'", "2 in all", "3 or more"]),
     (unprintable_name, ["'a\\nb'", "rename it"]),
@@ -2812,9 +2818,8 @@ def list_beside_a_split(root):
     (root / "c/train.txt").write_text("00")
 
 
-def image_that_is_called_a_mask(root):
-    image = root / "a/images/scan_segmentation.png"
-    save_image(image, SPOT)
+def mask_beside_its_image(root):
+    shutil.copy(root / "a/masks/00.png", root / "a/images/00_segmentation.png")
 
 
 @pytest.mark.parametrize("add, count, example", [
@@ -2828,7 +2833,7 @@ def image_that_is_called_a_mask(root):
     (file_beside_the_sites, 1, "9.png"),
     (file_in_a_part, 1, "c/train/9.png"),
     (list_beside_a_split, 1, "c/train.txt"),
-    (image_that_is_called_a_mask, 1, "scan_segmentation.png"),
+    (mask_beside_its_image, 1, "a/images/00_segmentation.png"),
 ])
 def test_what_is_left_out_is_told(tmp_path, add, count, example):
     write_site(tmp_path, "a", 6)
@@ -3014,6 +3019,339 @@ def test_files_of_several_pages(tmp_path):
         data.read_file(tmp_path / "pages.tif")
 
 
+# ---------------------------------------------------------------- data: what was misread
+def disc(size, radius):
+    """A mask (size, size) with 1 in a disc in its middle, else 0; uint8."""
+    places = np.arange(size) - (size - 1) / 2
+    distance = np.hypot(places, places[:, None])
+    return (distance < radius).astype(np.uint8)
+
+
+def test_grey_palettes_are_read_as_greys(tmp_path):
+    mask = disc(64, 9)
+    file = tmp_path / "m.png"
+    Image.fromarray(255 * mask).quantize(2).save(file)
+    stored = Image.open(file)
+    assert stored.mode == "P" and stored.getpalette()[:6] == [255, 255, 255, 0, 0, 0]
+    assert np.array_equal(data.read_mask(file, (1, 64, 64), values=[0, 255])[0], mask)
+    assert np.array_equal(read_one(file)[:, :, 0], 255 * mask)  # as an image, one channel
+    stored.putpalette([0, 0, 0, 200, 0, 0])  # a colour palette: indices
+    stored.save(file)
+    assert np.array_equal(data.read_mask(file, (1, 64, 64))[0], 1 - mask)
+
+
+@pytest.mark.parametrize("background, rim, cup", [
+    (0, 1, 2),  # numbered
+    (0, 255, 255),  # the disc alone, white
+    (255, 0, 0),  # the disc alone, black
+    (255, 155, 55),
+])
+def test_fundus_masks_of_other_values_are_refused(tmp_path, background, rim, cup):
+    classes = disc(64, 20) + disc(64, 9)
+    greys = np.array([background, rim, cup], np.uint8)
+    file = tmp_path / "m.png"
+    save_image(file, greys[classes])
+    some = " ".join(str(grey) for grey in sorted({background, rim, cup}))
+    with pytest.raises(ValueError, match=f"m.png: it holds {some}; expected are background, rim"):
+        data.read_mask(file, (1, 64, 64), "fundus", [255, 128, 0], classes=3)
+
+
+@pytest.mark.parametrize("disc_radius, cup_radius", [(8, 6), (100, 95), (40, 0), (0, 0)])
+def test_fundus_masks_of_any_size_are_read(tmp_path, disc_radius, cup_radius):
+    classes = disc(256, disc_radius) + disc(256, cup_radius)
+    greys = np.array([255, 128, 0], np.uint8)
+    save_image(tmp_path / "m.png", greys[classes])
+    read = data.read_mask(tmp_path / "m.png", (1, 256, 256), "fundus", [255, 128, 0], classes=3)
+    assert np.array_equal(read[0], classes)
+
+
+def test_smoothed_fundus_masks_are_read(tmp_path):
+    classes = disc(256, 80) + disc(256, 40)
+    values = np.array([255, 128, 0], np.uint8)[classes]
+    small = Image.fromarray(values).resize((64, 64), Image.BILINEAR)
+    small.save(tmp_path / "m.png")
+    assert len(np.unique(np.asarray(small))) > 20
+    read = data.read_mask(tmp_path / "m.png", (1, 64, 64), "fundus", [255, 128, 0], classes=3)[0]
+    assert (read != classes[2::4, 2::4]).mean() < 0.03
+    small.save(tmp_path / "m.jpg")
+    as_jpeg = data.read_mask(tmp_path / "m.jpg", (1, 64, 64), "fundus", [255, 128, 0], classes=3)[0]
+    assert (as_jpeg != read).mean() < 0.01
+
+
+def test_a_flipped_bit_in_a_gzip_file_is_seen(tmp_path):
+    """Of each flipped bit: the file is refused, or gives the same voxels (a name in the header)."""
+    rng = np.random.default_rng(0)
+    file = tmp_path / "v.nii.gz"
+    write_nifti(file, rng.integers(0, 900, (24, 20, 5)).astype(np.int16), affine("LPS"))
+    before, _ = data.read_file(file)
+    content = file.read_bytes()
+    refused = 0
+    for _ in range(60):
+        place, bit = rng.integers(len(content)), rng.integers(8)
+        changed = bytearray(content)
+        changed[place] ^= 1 << bit
+        file.write_bytes(changed)
+        try:
+            after, _ = data.read_file(file)
+        except ValueError as error:
+            assert "v.nii.gz: not a readable NIfTI file" in str(error)
+            refused += 1
+        else:
+            assert np.array_equal(before, after), (place, bit)
+    assert refused > 50
+
+
+@pytest.mark.parametrize("kind", ["volumes", "images"])
+def test_volumes_of_fractions_are_no_masks(tmp_path, kind):
+    values = np.full((6, 5, 4), 1e-4, np.float32)
+    values[2:4, 1:3] = 0.98
+    write_nifti(tmp_path / "m.nii", values, affine("LPS"))
+    with pytest.raises(ValueError, match="m.nii: whole numbers from 0 .* nearest neighbour"):
+        data.read_mask(tmp_path / "m.nii", (4, 5, 6), kind, classes=2)
+
+
+def flipped(pixels):
+    return pixels[::-1]
+
+
+def transposed(pixels):
+    return pixels.T
+
+
+def transversed(pixels):
+    return pixels.T[::-1, ::-1]
+
+
+@pytest.mark.parametrize("orientation, turn", [
+    (1, upright),
+    (2, mirrored),
+    (3, upside_down),
+    (4, flipped),
+    (5, transposed),
+    (6, clockwise),
+    (7, transversed),
+    (8, anticlockwise),
+])
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.float32])
+def test_tiffs_are_turned_as_they_say(tmp_path, orientation, turn, dtype):
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 24)).astype(dtype)
+    Image.fromarray(pixels).save(tmp_path / "m.tif", tiffinfo={274: orientation})
+    turned = turn(pixels)
+    assert np.array_equal(read_one(tmp_path / "m.tif")[:, :, 0], turned)
+    read = data.read_mask(tmp_path / "m.tif", (1, *turned.shape), classes=256)
+    assert np.array_equal(read[0], turned)
+
+
+@pytest.mark.parametrize("dtype, readable", [
+    (np.uint8, True),
+    (np.uint16, False),
+    (np.float32, False),
+])
+def test_tiffs_in_which_zero_is_white(tmp_path, dtype, readable):
+    file = tmp_path / "m.tif"
+    save_image(file, disc(16, 5).astype(dtype))
+    before = struct.pack("<HHIHH", 262, 3, 1, 1, 0)  # the tag: black is zero
+    content = file.read_bytes()
+    assert content.count(before) == 1
+    file.write_bytes(content.replace(before, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
+    if readable:
+        assert np.array_equal(read_one(file)[:, :, 0], 255 - disc(16, 5))
+    else:
+        with pytest.raises(ValueError, match="m.tif: .*0 is white; invert it"):
+            data.read_file(file)
+
+
+def test_masks_in_the_alpha_channel_are_refused(tmp_path):
+    alpha = 255 * disc(16, 5)
+    black = np.zeros_like(alpha)
+    layers = {"LA": [black, alpha], "RGBA": [black, black, black, alpha]}
+    for mode, channels in layers.items():
+        save_image(tmp_path / f"{mode}.png", np.dstack(channels))
+        with pytest.raises(ValueError, match=f"{mode}.png: .*alpha channel; save the mask"):
+            data.read_mask(tmp_path / f"{mode}.png", (1, 16, 16))
+    grey = disc(16, 5)
+    save_image(tmp_path / "opaque.png", np.dstack([grey, grey, grey, 255 - black]))
+    assert np.array_equal(data.read_mask(tmp_path / "opaque.png", (1, 16, 16))[0], grey)
+
+
+def write_deep_rgb(file, values):
+    """A PNG of 16 bits a colour, which pillow cannot write."""
+    def chunk(kind, content):
+        checksum = zlib.crc32(kind + content)
+        return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+    height, width = values.shape
+    rows = np.repeat(values[:, :, None], 3, axis=2).astype(">u2")
+    lines = b"".join(b"\0" + row.tobytes() for row in rows)
+    header = struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0)
+    content = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(lines)) + chunk(b"IEND", b"")
+    file.write_bytes(b"\x89PNG\r\n\x1a\n" + content)
+
+
+def test_masks_of_16_bits_a_colour_are_refused(tmp_path):
+    write_deep_rgb(tmp_path / "m.png", disc(16, 5))
+    with pytest.raises(ValueError, match="m.png: .*16 bits a colour.*save the mask"):
+        data.read_mask(tmp_path / "m.png", (1, 16, 16))
+    write_deep_rgb(tmp_path / "i.png", 257 * np.arange(256).reshape(16, 16))
+    assert np.array_equal(read_one(tmp_path / "i.png")[:, :, 1].ravel(), np.arange(256))
+
+
+@pytest.mark.parametrize("unit, factor", [("mm", 1), ("micron", 1000), ("meter", 0.001)])
+def test_voxels_are_measured_in_the_headers_unit(tmp_path, unit, factor):
+    nibabel = pytest.importorskip("nibabel")
+    spacing = [factor * length for length in (0.5, 0.6, 3.0)]
+    volume = nibabel.Nifti1Image(np.ones((6, 5, 4)), affine("LPS", spacing))
+    volume.header.set_xyzt_units(unit)
+    nibabel.save(volume, tmp_path / "v.nii")
+    _, found = data.read_file(tmp_path / "v.nii")
+    assert data.voxel_size(found) == pytest.approx((3.0, 0.6, 0.5), rel=1e-5)
+
+
+@pytest.mark.parametrize("columns, rows, slices, fits", [
+    (4.7, 0, 0, False),
+    (0.6, 0, 0, False),
+    (0, -0.6, 0, False),
+    (0, 0, 0.6, False),
+    (0.4, -0.4, 0.4, True),
+])
+def test_masks_lie_within_half_a_voxel_of_their_volume(tmp_path, columns, rows, slices, fits):
+    matrix = affine("LPS", (0.6, 0.7, 3))
+    moved = matrix.copy()
+    moved[:3, 3] += matrix[:3, :3] @ (columns, rows, slices)
+    write_nifti(tmp_path / "v.nii", np.ones((24, 20, 5)), matrix)
+    write_nifti(tmp_path / "m.nii", np.ones((24, 20, 5)), moved)
+    _, own = data.read_file(tmp_path / "v.nii")
+    if fits:
+        assert data.read_mask(tmp_path / "m.nii", (5, 20, 24), "volumes", None, own).all()
+    else:
+        with pytest.raises(ValueError, match="m.nii: its affine is not its volume's; resample it"):
+            data.read_mask(tmp_path / "m.nii", (5, 20, 24), "volumes", None, own)
+
+
+def test_labels_that_vanish_by_resizing_are_told(tmp_path):
+    """Lesions of 2 pixels radius, 512 to 96: those between the chosen pixels are lost."""
+    rng = np.random.default_rng(0)
+    for number in range(24):
+        y, x = rng.integers(20, 490, 2)
+        mask = np.zeros((512, 512), np.uint8)
+        mask[y - 2:y + 3, x - 2:x + 3] = disc(5, 2.2)
+        image = rng.integers(0, 9, (512, 512)).astype(np.uint8)
+        save_image(tmp_path / f"a/images/{number}.png", image)
+        save_image(tmp_path / f"a/masks/{number}.png", mask)
+    with pytest.warns(UserWarning) as caught:
+        loaded = data.load_folder(tmp_path, 96)
+    lost = sum(not mask.any() for mask in loaded.sites[0].everything.masks)
+    assert 8 < lost < 16
+    line, = [str(warning.message) for warning in caught]
+    assert line.startswith(f"{lost} of 24 masks lose a class when they become 96 × 96")
+    assert "a/masks/" in line.replace(os.sep, "/") and "larger --size" in line
+    ceilings = loaded.sites[0].ceilings
+    assert sum(ceiling == 0 for ceiling in ceilings) == lost
+    assert max(ceilings) < 0.9
+
+
+def test_the_ceiling_of_a_size_by_hand():
+    mask = np.zeros((1, 8, 8), np.int32)
+    assert data.dice_with_itself(mask, mask[:, ::2, ::2]) is None
+    mask[0, :, 4:] = 2
+    assert data.dice_with_itself(mask, mask[:, ::2, ::2]) == 1  # edges between the pixels
+    mask[0, 0, 0] = 1  # chosen: 1 of 16 pixels, which then is a quarter of a pixel's reach
+    assert data.dice_with_itself(mask, mask) == 1
+    small = mask[:, 1::2, 1::2]
+    assert data.dice_with_itself(mask, small) == 0.5  # class 1 is lost, class 2 is whole
+
+
+def rename_all(folder, names):
+    for old, new in zip(sorted(folder.iterdir()), names, strict=True):
+        old.rename(folder / f"{new}.png")
+
+
+PATIENTS = [f"patient{number // 3:02d}_slice{number % 3}" for number in range(6)]
+
+
+@pytest.mark.parametrize("names, warns", [
+    (PATIENTS, True),
+    (["7-1", "7-2", "8-1", "8-2", "9-1", "9-2"], True),
+    ([f"image_{number:03d}" for number in range(6)], False),
+    ([f"ISIC2018_{number}" for number in range(6)], False),  # of one data set, not of one patient
+    ([f"{number}_h" for number in range(6)], False),
+    ([f"scan{number}" for number in range(6)], False),
+])
+def test_patients_that_a_shuffle_may_part_are_told(tmp_path, names, warns):
+    folder = write_site(tmp_path, "a", 6)
+    rename_all(folder / "images", names)
+    rename_all(folder / "masks", names)
+    _, lines = warned(tmp_path)
+    assert len(lines) == warns
+    if warns:
+        assert f"site 'a': if {names[0]}.png and {names[1]}.png show one patient" in lines[0]
+        assert "folders train, val and test" in lines[0]
+
+
+def test_sites_that_number_the_classes_otherwise(tmp_path):
+    write_site(tmp_path, "a", 4, values=(0, 1))
+    write_site(tmp_path, "b", 4, values=(0, 255))
+    loading_fails(tmp_path, ["b/masks/", "2 values up to 255", "--mask-values 0 255"])
+    loading_fails(tmp_path, ["a/masks/", "0 1 are not all among", "same value"], [0, 255])
+    loaded, lines = warned(tmp_path, [0, 1, 255])
+    assert loaded.classes == 3
+    assert "no site has masks of all 3 classes (a [0, 1]; b [0, 2])" in lines[0]
+    write_site(tmp_path, "c", 4, values=(0, 1, 255))
+    assert not warned(tmp_path, [0, 1, 255])[1]
+
+
+def test_jpeg_masks_are_refused_where_they_are_not_clean(tmp_path):
+    mask = disc(64, 20)
+    for name, top in (("greys", 255), ("classes", 1)):
+        file = tmp_path / f"{name}.jpg"
+        Image.fromarray(top * mask).save(file, quality=95)
+        with pytest.raises(ValueError, match=f"{name}.jpg: JPEG has changed its .*save it as PNG"):
+            data.read_mask(file, (1, 64, 64), values=[0, 255] if top > 1 else None)
+    blocks = np.kron(disc(8, 3), np.ones((8, 8), np.uint8))
+    Image.fromarray(255 * blocks).save(tmp_path / "clean.jpg", quality=100)
+    read = data.read_mask(tmp_path / "clean.jpg", (1, 64, 64), values=[0, 255])
+    assert np.array_equal(read[0], blocks)
+
+
+@pytest.mark.parametrize("name, tool", [
+    ("x.mha", "SimpleITK"),
+    ("x.NRRD", "SimpleITK"),
+    ("x.dcm", "dcm2niix"),
+    ("x.npy", "nibabel"),
+    ("x.h5", "h5py"),
+])
+def test_formats_that_are_not_read_are_named(tmp_path, name, tool):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / name).write_bytes(b"x")
+    advice = f"{Path(name).suffix.lower()} is not read: convert it to NIfTI or PNG by .*{tool}"
+    with pytest.raises(ValueError, match=f"no sites found; known layouts: .*{advice}"):
+        data.load_folder(tmp_path)
+    write_site(tmp_path, "b", 4)
+    _, lines = warned(tmp_path)
+    line, = lines
+    assert re.search(f"left out: 1 files .*{advice}", line)
+
+
+def test_other_layouts_are_told_what_is_expected(tmp_path):
+    nnunet, prostate158 = tmp_path / "nnUNet", tmp_path / "prostate158"
+    for folder, names in (("imagesTr", ["p_0000"]), ("labelsTr", ["p"])):
+        for name in names:
+            write_nifti(nnunet / folder / f"{name}.nii.gz", np.ones((6, 5, 4)), affine("LPS"))
+    for name in ("t2", "t2_anatomy_reader1"):
+        write_nifti(prostate158 / f"020/{name}.nii.gz", np.ones((6, 5, 4)), affine("LPS"))
+    for root in (nnunet, prostate158):
+        loading_fails(root, ["has no mask of its name", "CaseNN_segmentation.nii.gz"])
+
+
+@pytest.mark.parametrize("name", ["label", "Labels"])
+def test_masks_may_lie_in_a_folder_of_labels(tmp_path, name):
+    folder = write_site(tmp_path, "a", 4)
+    expected, _ = warned(tmp_path)
+    (folder / "masks").rename(folder / name)
+    loaded, lines = warned(tmp_path)
+    assert not lines and same_bytes(loaded.sites[0], expected.sites[0])
+
+
 # ---------------------------------------------------------------- data: single files
 def test_images_are_paired_with_masks_or_none(tmp_path):
     a = write_site(tmp_path, "a", 3)
@@ -3033,6 +3371,10 @@ def test_images_are_paired_with_masks_or_none(tmp_path):
     one_folder = data.pair_up(a / "images", a / "images")
     masks = [mask and mask.name for _, mask in one_folder]
     assert masks == [None, "01_segmentation.png", None]
+    assert data.pair_up(a / "images", None) == unlabelled
+    (a / "images" / "01_segmentation.png").rename(a / "images" / "x_segmentation.png")
+    apart = data.pair_up(a / "images", a / "masks")  # where masks lie elsewhere, an image
+    assert [image.name for image, _ in apart] == [*images, "x_segmentation.png"]
     assert data.pair_up(a / "images", None) == unlabelled
 
 
@@ -3217,7 +3559,7 @@ def test_orientation_comes_from_the_header(tmp_path, codes, tilt):
     values, found = data.read_file(file)
     assert np.array_equal(values[..., 0], body)
     assert np.linalg.norm(found[:3, :3], axis=0) == pytest.approx((3.0, 0.6, 0.5), abs=1e-5)
-    data.write_volume(tmp_path / "m.nii.gz", body > 0.5, file)
+    (tmp_path / "m.nii.gz").write_bytes(data.mask_volume(body > 0.5, file))
     written = nibabel.load(tmp_path / "m.nii.gz")
     assert np.array_equal(np.asarray(written.dataobj), stored > 0.5)
     assert np.allclose(written.affine, matrix, atol=1e-5)
@@ -3232,8 +3574,10 @@ def test_written_masks_have_no_grey_window(tmp_path):
     image = nibabel.Nifti1Image(np.ones((4, 4, 2), np.int16), affine("LPS"))
     image.header["cal_max"] = 800
     nibabel.save(image, tmp_path / "v.nii")
-    data.write_volume(tmp_path / "m.nii", np.ones((2, 4, 4)), tmp_path / "v.nii")
-    assert nibabel.load(tmp_path / "m.nii").header["cal_max"] == 0
+    content = data.mask_volume(np.ones((2, 4, 4)), tmp_path / "v.nii")
+    assert content[4:8] == bytes(4)  # no time: the same mask gives the same bytes
+    (tmp_path / "m.nii.gz").write_bytes(content)
+    assert nibabel.load(tmp_path / "m.nii.gz").header["cal_max"] == 0
 
 
 VOLUME, DRAWN = "UCL/Case01.nii.gz", "UCL/Case01_segmentation.nii.gz"
@@ -3768,6 +4112,16 @@ def test_ctrl_c_ends_in_one_line(tmp_path, capsys, monkeypatch):
     assert "--resume" in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (FloatingPointError("x"), 1)])
+def test_adapt_folder_ends_in_one_line(toy_run, tmp_path, capsys, monkeypatch, error, status):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(adapt_folder, "run", fail)
+    assert adapt_to(toy_run, "--simulated", "--out", tmp_path) == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
 def test_other_errors_show_their_traceback(tmp_path, monkeypatch):
     """People edit this code."""
     def wrong(models, split, seed):
@@ -3776,6 +4130,12 @@ def test_other_errors_show_their_traceback(tmp_path, monkeypatch):
     monkeypatch.setitem(train.OUTSIDE, "global", wrong)
     with pytest.raises(KeyError, match="an error in a new method"):
         train.main([*TOY, "--methods", "global", "--out", str(tmp_path)])
+
+
+def test_a_closed_stdout_is_no_error(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    assert call_train("--list", *TOY, "--out", tmp_path) == 0
+    assert len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("name", ["a.json", "a.pt", "a.png"])
@@ -3871,6 +4231,7 @@ def test_a_look_at_images(tmp_path, capsys):
     text = capsys.readouterr().out
     assert "a: 5 images; cases: 3 train, 1 validation, 1 test" in text
     assert "32 × 32" in text
+    assert re.search(r"masks resized and brought back: Dice \d+.\d %, least \d+.\d %", text)
     assert (tmp_path / "look" / "images-hospitals.png").exists()
 
 
@@ -3990,6 +4351,19 @@ def test_adapting_to_volumes(tmp_path):
         assert written.shape == truth.shape and np.allclose(written.affine, truth.affine)
         mask, drawn = np.asarray(written.dataobj) > 0, np.asarray(truth.dataobj) > 0
         assert row["Dice prostate"] == pytest.approx(iopfl.dice(mask, drawn))
+
+
+def test_no_half_mask_is_left_on_a_full_disk(tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    write_volumes(tmp_path, {"A": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    volume = tmp_path / "A/Case00.nii.gz"
+    with pytest.raises(SystemExit):
+        adapt_folder.write_mask(volume, None, np.ones((5, 20, 24), np.uint8), tmp_path / "out")
+    assert "Case00.nii.gz: cannot be written (No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "out/masks").iterdir())
 
 
 def variants_in(text: str) -> dict[str, list[str]]:

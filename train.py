@@ -353,7 +353,7 @@ def adapted(routed: router.RoutedNetwork, images: Tensor, seed: int) -> Outcome:
 def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list[float]]:
     """The routing weights (M,) of each layer, mean over the images (N, C, H, W)."""
     sums = {}
-    for batch in images.split(routed.settings.batch_size):
+    for batch in router.in_batches(images, routed.settings.batch_size):
         routed(batch.float())
         for layer, weights in routed.routing.items():  # (batch, M)
             sums[layer] = sums.get(layer, 0) + weights.sum(dim=0)
@@ -380,6 +380,8 @@ def autocast(device: str, precision: str) -> torch.autocast:
 
 def prepare_output() -> None:
     """A warning is one line; output appears at once, also of file names that are no text."""
+    if sys.stdout is None:  # it was closed
+        sys.stdout = open(os.devnull, "w")
     sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.showwarning = show_warning
 
@@ -911,6 +913,9 @@ def look_at_images(args) -> None:
             print(f"    sizes as read    {extent(site.shapes)}")
         print(f"    resized pixels   {extent(site.spacing.values())} {dataset.unit}")
         print(f"    classes          {', '.join(shares)} % of all pixels")
+        if site.ceilings:
+            mean, least = 100 * np.mean(site.ceilings), 100 * min(site.ceilings)
+            print(f"    masks resized and brought back: Dice {mean:.1f} %, least {least:.1f} %")
     file = Path(args.out or "runs") / f"{name_of_images(args)}-hospitals.png"
     draw_hospitals(dataset.sites[:MOST_SHOWN], file)
     print(f"Some images of each hospital, the last two with their masks: {file}")
@@ -1067,7 +1072,7 @@ def check_out(out: Path, root: str | None, parser: Parser) -> None:
     if root and out.is_relative_to(root):
         parser.error(f"--out {out} lies among the images")
     if out.is_file() or out.is_dir() and any(out.iterdir()):
-        parser.error(f"--out {out}: not empty; name another, or go on with --resume {out}")
+        parser.error(f"--out {out}: not empty; name another (train.py can go on: --resume {out})")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ computed again (`check_…`). Case N is the first one of seed N. The exit status
 """
 
 import argparse
+import gzip
 import io
 import json
 import os
@@ -40,7 +41,7 @@ KINDS = {
 }
 with suppress(ImportError):
     import nibabel
-    KINDS["volumes"] = ("", "", ".nii", "_segmentation.nii", [])
+    KINDS["volumes"] = ("", "", ".nii.gz", "_segmentation.nii.gz", [])
 
 SMALL = "--threads 1 --device cpu --size 16 --width 2 --depth 1 --lr 0.01".split()
 ROUTING = ["--methods", "iopfl", "routing-ours"]
@@ -53,7 +54,17 @@ INSTEAD = ["folder", "loop", "dangling", "pipe", "nothing"]
 NAMES = ["a b", "new\nline", "-x", "x_segmentation", ".z", "x" * 200, "\udcff", "%s", "A", "07"]
 SITES = ["All", "ISBI", "x\ny", ".z", "\udcff", "test"]
 CORNERS = {"I;16": [300, 65535], "I": [70000, -3], "F": [np.nan, np.inf, 1e38, 0.5]}
-MODES = ["1", "L", "L", "P", "RGB", "RGBA", "LA", "CMYK", *CORNERS]
+MODES = ["1", "L", "L", "P", "few greys", "few colours", "RGB", "RGBA", "LA", "CMYK", *CORNERS]
+COLOURS = [0, 0, 0, 255, 0, 0, 0, 255, 0, 0, 0, 255]
+TURNS = {  # of an image, by its orientation in EXIF
+    2: np.fliplr,
+    3: lambda pixels: np.rot90(pixels, 2),
+    4: np.flipud,
+    5: np.transpose,
+    6: lambda pixels: np.rot90(pixels, -1),
+    7: lambda pixels: np.rot90(pixels, 2).T,
+    8: np.rot90,
+}
 ENDINGS = [".png", ".PNG", ".bmp", ".gif", ".tif", ".TIFF", ".jpg"]
 
 # Options and their values, at random; and some that go together.
@@ -151,14 +162,19 @@ def replace(file: Path, rng: random.Random) -> None:
 
 
 def repaint(file: Path, rng: random.Random) -> None:
-    """Another mode, size, pixel, direction or format."""
+    """Another mode, palette, size, pixel, direction or format."""
     mode = rng.choice(MODES)
     image = Image.open(io.BytesIO(file.read_bytes()))
-    image = image.convert("L" if mode in CORNERS else mode).convert(mode)
+    if mode.startswith("few"):
+        image = image.convert("L").quantize(rng.choice([2, 3, 4]))
+        if mode == "few colours":
+            image.putpalette(COLOURS)
+    else:
+        image = image.convert("L" if mode in CORNERS else mode).convert(mode)
     image = image.resize(rng.choice([image.size, image.size, (1, 1), (40, 17)]))
     image.putpixel((0, 0), rng.choice(CORNERS.get(mode, [image.getpixel((0, 0))])))
     exif = Image.Exif()
-    exif[274] = rng.choice([1, 1, 3, 6, 9])  # turned
+    exif[274] = rng.choice([1, 1, *range(2, 10)])  # turned; 9 is none
     file.unlink()
     image.save(file.with_suffix(rng.choice([file.suffix, *ENDINGS])), exif=exif)
 
@@ -188,14 +204,17 @@ def damage(folder: Path, rng: random.Random) -> None:
 
 
 def lay_out(site: Path, rng: random.Random) -> None:
-    """Parts, other names, something more or less."""
+    """Parts, in which files may have the same names; other names, something more or less."""
     way = rng.choice(["parts", "renamed", "more", "less"])
     folder = rng.choice([site, *sorted(site.rglob("*[a-zI]"))])
     if way == "parts":
+        different = rng.choice([2, 5])  # names
         for number, part in enumerate(["train", "train", "Valid", "Valid", "TEST"]):
             for name in ("images", "masks"):
-                (site / part / name).mkdir(parents=True, exist_ok=True)
-                (site / name / f"{number}.png").rename(site / part / name / f"{number}.png")
+                place = site / part / name
+                place.mkdir(parents=True, exist_ok=True)
+                moved = place / f"{number % different}.png"
+                (site / name / f"{number}.png").rename(moved)
     elif way == "renamed":
         folder.rename(folder.with_name(rng.choice([*SITES, *[folder.name.upper()] * 5])))
     elif way == "more":
@@ -318,7 +337,9 @@ def run_program(program, argv: list) -> tuple[int, str]:
 
 def is_told(line: str) -> bool:
     """Whether a line on stderr tells of something without being the error of a command."""
-    return any(words in line for words in ("left out: ", "not scored: ", "no mask has the name"))
+    told = ("left out: ", "not scored: ", "no mask has the name", "show one patient",
+            "lose a class", "no site has masks")
+    return any(words in line for words in told)
 
 
 def contents(*folders: Path) -> dict:
@@ -424,6 +445,8 @@ def check_training(case: Case, told: list[str]) -> None:
             used = 2 * sum(len({*site.everything.cases}) for site in dataset.sites)
             count = len(files_below(Path(settings.root)))
             assert count == used + number_left_out(told), f"{count} files, {used} used, {told}"
+            for site in dataset.sites:
+                check_masks(Path(settings.root) / site.name, site.everything, dataset)
         saved = torch.load(folder / "last.pt", weights_only=True)
         inside = [site for site in dataset.sites if site.name != own["hold_out"]]
         assert saved["last"]["number"] == settings.rounds
@@ -435,6 +458,50 @@ def check_training(case: Case, told: list[str]) -> None:
         assert all(row in rows for row in own["rows"]), "results.json lacks rows"
     if "--resume" in case.argv and "--rounds" not in case.argv:
         check_resumed(case.out, case.sound / "whole")
+
+
+def check_masks(folder: Path, split: data.Split, dataset: data.DataSet) -> None:
+    """The masks of a site are those that its files show, each read here in a plain way."""
+    masks = {}
+    for case, mask in zip(split.cases, split.masks):
+        masks.setdefault(case, []).append(mask.numpy())
+    for case, small in masks.items():
+        image = folder / case
+        name = data.stem(image)
+        place = image.parent
+        if not data.is_volume(image):
+            place = next(other for other in place.parent.iterdir() if other.name.lower()[0] == "m")
+        found = [file for file in place.iterdir() if has_known_ending(file) and file != image
+                 and data.stem(file) in (name, f"{name}_segmentation")]
+        assert len(found) == 1, (case, found)
+        size = small[0].shape[::-1]
+        for plane, given in zip(plain_mask(found[0], dataset), small, strict=True):
+            resized = Image.fromarray(plane).resize(size, Image.NEAREST)
+            assert np.array_equal(np.asarray(resized), given), f"misread: {found[0]}"
+
+
+def plain_mask(file: Path, dataset: data.DataSet) -> np.ndarray:
+    """The classes (n, H, W), uint8, in a mask file, read without the project's code."""
+    content = file.read_bytes()
+    if data.is_volume(file):
+        content = gzip.decompress(content) if file.suffix.lower() == ".gz" else content
+        volume = nibabel.as_closest_canonical(nibabel.Nifti1Image.from_bytes(content))
+        labels = volume.get_fdata()[::-1, ::-1] > 0  # to the left and to the back
+        return labels.transpose(2, 1, 0).astype(np.uint8)
+    image = Image.open(io.BytesIO(content))
+    indices = np.asarray(image)
+    shown = np.asarray(image.convert("RGB"))
+    if image.mode in ("P", "PA") and (shown.min(axis=2) < shown.max(axis=2)).any():
+        greys = indices
+    elif image.mode in ("RGB", "RGBA", "P", "PA", "LA", "CMYK"):
+        greys = shown[..., 0]
+    else:
+        greys = indices
+    greys = TURNS.get(image.getexif().get(274), np.asarray)(greys).astype(float)
+    if dataset.mask_values is None:
+        return greys.astype(np.uint8)[None]
+    distance = [np.abs(greys - value) for value in dataset.mask_values]
+    return np.argmin(distance, axis=0).astype(np.uint8)[None]
 
 
 def check_resumed(resumed: Path, whole: Path) -> None:
@@ -483,12 +550,15 @@ def check_adapting(case: Case, told: list[str]) -> None:
     rows = {row["file"]: row for row in about["rows"]}
 
     sources, drawn = {}, {}
+    names = {data.stem(file) for file in images.iterdir() if has_known_ending(file)}
     for file in files_below(images, masks):
-        case_name = re.sub("_segmentation$", "", data.stem(file), flags=re.I)
-        if file.parent == images and case_name == data.stem(file):
+        name = data.stem(file)
+        case_name = re.sub("_segmentation$", "", name, flags=re.I)
+        drawn_beside = case_name != name and (images == masks or case_name in names)
+        if file.parent == images and not drawn_beside:
             sources[file.name] = file
-        elif file.parent in (images, masks) and has_known_ending(file):
-            drawn[case_name] = file
+        elif file.parent == masks and has_known_ending(file):
+            drawn[name if name in names and images != masks else case_name] = file
     assert len(rows) == len([*(out / "masks").iterdir()]), "masks"
     alone = [line for line in told if "left out: " in line and not re.search(COUNTED, line)]
     used = len(rows) + len(alone)

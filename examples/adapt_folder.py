@@ -19,7 +19,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,6 +32,17 @@ from models import UNet
 def main(argv: list[str] | None = None) -> None:
     train.prepare_output()
     args = parse_arguments(argv)
+    try:
+        left_out = run(args)
+    except KeyboardInterrupt:
+        train.stop("interrupted", 130)
+    except FloatingPointError as error:  # in the models, or in what they predict
+        train.stop(str(error), 1)
+    sys.exit(1 if left_out else 0)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Adapt to the images, write their masks, report; the number of files that were left out."""
     out = Path(args.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = open_trained(Path(args.run), device)
@@ -59,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
         end = start + len(seen)  # a volume has an input for each of its slices
         pixels, affine = data.read_file(file)  # (n, H, W, channels)
         own_size = pixels.shape[1:3]
-        mask, maps = at_own_size(probabilities[start:end], own_size)
+        mask, maps = data.at_own_size(probabilities[start:end], own_size)
         write_mask(file, pixels, mask, out)
         if args.probabilities:
             write_probabilities(file, maps, out)
@@ -74,7 +84,7 @@ def main(argv: list[str] | None = None) -> None:
         start = end
     report(rows, weights, trained, out)
     print(f"{len(pairs)} files, {left_out} left out. Masks and overlays: {out}")
-    sys.exit(1 if left_out else 0)
+    return left_out
 
 
 def report(rows: list[dict], weights: dict, trained: "Trained", out: Path) -> None:
@@ -226,7 +236,8 @@ def read_images(images: str, masks: str | None, config: dict) -> tuple:
         pairs.append((file, mask_file))
         inputs.append(torch.from_numpy(seen))
     if not pairs:
-        train.stop(f"{images}: no image or volume that can be used", 1)
+        conversions = data.to_convert(Path(images).iterdir())
+        train.stop(f"{images}: no image or volume that can be used{conversions}", 1)
     if masks and not any(mask_file for _, mask_file in pairs):
         train.show_warning(f"--masks {masks}: no mask has the name of an image")
     return pairs, inputs, len(every) - len(pairs)
@@ -257,8 +268,9 @@ def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor
     batch_size = routed.settings.batch_size
     generator = train.seeded(0, images.device)
     overlaps = []
-    parts = zip(images.split(batch_size), probabilities.split(batch_size))
-    for batch, predicted in parts:
+    batches = router.in_batches(images, batch_size)
+    predictions = router.in_batches(probabilities, batch_size)
+    for batch, predicted in zip(batches, predictions):
         turned = router.in_another_view(routed, batch, generator)
         p = 1 - predicted[:, 0]  # the foreground, (n, H, W)
         q = 1 - turned[:, 0]
@@ -269,25 +281,12 @@ def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor
 
 
 # ---------------------------------------------------------------- masks out
-def at_own_size(probabilities: Tensor, size: tuple) -> tuple:
-    """Probabilities (n, C, h, w) at the size (H, W) of the file.
-
-    Returns the mask (n, H, W), uint8, and the probabilities (n, C, H, W), float16.
-    """
-    masks, maps = [], []
-    for plane in probabilities.split(1):  # all at once need much memory
-        large = F.interpolate(plane, size, mode="bilinear").cpu()  # (1, C, H, W)
-        masks.append(large.argmax(dim=1).byte())
-        maps.append(large.half())
-    return torch.cat(masks).numpy(), torch.cat(maps).numpy()
-
-
 def write_mask(file: Path, pixels, mask, out: Path) -> None:
     """Mask and overlay of an image or volume. pixels: (n, H, W, channels). mask: (n, H, W)."""
     name = data.stem(file)
     if data.is_volume(file):
-        (out / "masks").mkdir(parents=True, exist_ok=True)
-        data.write_volume(out / "masks" / f"{name}.nii.gz", mask, file)
+        volume = io.BytesIO(data.mask_volume(mask, file))
+        train.write_whole(out / "masks" / f"{name}.nii.gz", volume)
     else:
         image = Image.fromarray(mask[0])  # its values are class indices …
         image.putpalette(train.PALETTE)  # … and shown in colours
