@@ -4371,18 +4371,39 @@ def variants_in(text: str) -> dict[str, list[str]]:
     return {line[:26].strip(): line[26:].split() for line in text.split("\n")}
 
 
-def test_ablations_of_routing(toy_run, capsys, monkeypatch):
-    some = {}
-    for name in ("routing-ours", "share 1/2", "random start", "global only", "online"):
-        some[name] = ablations.ROUTING[name]
-    monkeypatch.setattr(ablations, "ROUTING", some)
-    assert call(ablations.main, toy_run) == 0
+def test_ablations_of_routing(toy_run, capsys):
+    names = ["routing-ours", "share 1/2", "random start", "global only", "online", "no factor"]
+    assert call(ablations.main, toy_run, "--variants", *names) == 0
     found = variants_in(capsys.readouterr().out)
-    for name in some:
+    for name in names:
         assert len(found[name]) == 8
-    row = find_row(toy_run, "outside", "routing-ours", "Rowan")
-    assert float(found["routing-ours"][0]) == pytest.approx(100 * row["dice"], abs=0.006)
+    for name, method in (("routing-ours", "routing-ours"), ("global model", "global")):
+        row = find_row(toy_run, "outside", method, "Rowan")
+        assert float(found[name][0]) == pytest.approx(100 * row["dice"], abs=0.006)
     assert found["routing-ours"][1:] == ["+0.00", "+0.00", "+0.00", "0", "1", "0", "1"]
+    for words in (["--variants", "x"], ["--images", "0"]):
+        assert call(ablations.main, toy_run, *words) == 2
+
+
+def test_ablations_adapt_to_some_images_at_a_time(toy_run, capsys, monkeypatch):
+    """Which images each network sees, and whose statistics it takes, by the factor of the share."""
+    counts, shares = [], []
+    fit_to_site = router.fit_to_site
+
+    def noted(routed, models, images, **options):
+        fit_to_site(routed, models, images, **options)
+        norm = routed.parts(router.RoutedBatchNorm)[0]
+        counts.append(len(images))
+        shares.append((norm.site_share * len(images) / (len(images) + norm.site_prior)).item())
+
+    monkeypatch.setattr(router, "fit_to_site", noted)
+    names = ["no steps", "no factor, no steps"]
+    assert call(ablations.main, toy_run, "--images", 3, "--variants", *names) == 0
+    assert counts == [3, 3, 2] * 2
+    for count, with_factor, without in zip(counts, shares[:3], shares[3:]):
+        assert with_factor == pytest.approx(without * count / (count + 16))
+    found = variants_in(capsys.readouterr().out)
+    assert found["no steps"][1] == "+0.00"  # the first that was named is compared with
 
 
 def test_ablations_of_alpha(tmp_path, capsys):

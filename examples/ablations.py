@@ -5,8 +5,11 @@
     python train.py --hold-out none --seeds 0 1 2 --out runs/inside
     python -m examples.ablations runs/inside       α inside: one federation a seed is trained again
 
-Prints for each variant its mean Dice and its difference to our method in points: mean, least and
-most over all hospitals and seeds; wins, ties (below 0.1 points) and losses; p of the sign test.
+    python -m examples.ablations runs/outside --images 1 --variants "no steps" "no factor, no steps"
+
+Prints for each variant its mean Dice and its difference to our method, or to the first that was
+named, in points: mean, least and most over all hospitals and seeds; wins, ties (below 0.1 points)
+and losses; p of the sign test.
 """
 
 import argparse
@@ -14,6 +17,7 @@ import math
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 import iopfl
@@ -32,6 +36,8 @@ ROUTING = {
     "entropy alone": {"settings": {"entropy": 0.1, "consistency": 0.0, "shape": 0.0}},
     "sigmoid": {"settings": {"softmax": False}},
     "one routing a site": {"settings": {"per_sample": False}},
+    "no factor": {"factor": False},  # n / (n + 16) of the share
+    "no factor, no steps": {"settings": {"passes": 0}, "factor": False},
     "batch statistics": {"settings": {"batch_statistics": True}},
     "share 0": {"fit": {"share": 0.0}},
     "share 1/4": {"fit": {"share": 0.25}},
@@ -51,6 +57,7 @@ ROUTING = {
     "10 passes, no leash": {"settings": {"passes": 10, "leash": None}},
     "20 passes, no leash": {"settings": {"passes": 20, "leash": None}},
 }
+GLOBAL = "global model"
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
 GLOBAL_CONTROL = "the global model, α 0.7"  # accumulated like a personalised one
 
@@ -59,9 +66,18 @@ def main(argv: list[str] | None = None) -> None:
     train.prepare_output()
     parser = train.Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run of train.py")
+    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of routing (all)")
+    parser.add_argument("--images", type=int, help="adapt to so many at a time (to all at once)")
+    words = parser.parse_args(argv)
+    names = words.variants or list(ROUTING)
+    for name in names:
+        if name not in ROUTING:
+            parser.error(f"--variants: {name} is unknown; known are {', '.join(ROUTING)}")
+    if words.images is not None and words.images < 1:
+        parser.error("--images must be at least 1")
     scores = {}  # by variant: the mean Dice of each hospital and seed
     reference = None
-    for run in parser.parse_args(argv).runs:
+    for run in words.runs:
         config = train.load(Path(run) / "config.json", "settings")
         args = argparse.Namespace(**config["settings"])
         train.prepare_torch(args)
@@ -76,8 +92,9 @@ def main(argv: list[str] | None = None) -> None:
                 own_reference = f"α {args.alpha}"
             else:
                 models = load_models(folder, config, args.device)
-                variants = vary_routing(args, dataset, result, list(models.values()))
-                own_reference = "routing-ours"
+                models = list(models.values())
+                variants = vary_routing(args, dataset, result, models, names, words.images)
+                own_reference = names[0]
             if reference not in (None, own_reference):
                 parser.error("these runs are of different kinds; name them one at a time")
             reference = own_reference
@@ -89,15 +106,21 @@ def main(argv: list[str] | None = None) -> None:
 
 
 # ---------------------------------------------------------------- outside
-def vary_routing(args, dataset, result: dict, models: list) -> dict[str, list[float]]:
-    """By variant of routing the mean Dice on the hospital held out."""
+def vary_routing(args, dataset, result: dict, models: list, names: list[str],
+                 images_at_a_time: int | None) -> dict[str, list[float]]:
+    """By variant of routing, and for the global model, the mean Dice on the hospital held out."""
     site = next(site for site in dataset.sites if site.name == result["hold_out"])
     split = site.everything.to(args.device)
+    images = split.images.float()
+    parts = images.split(images_at_a_time or len(images))
     scores = {}
-    for name, changes in ROUTING.items():
+    for name in [*names, GLOBAL]:
         with train.autocast(args.device, args.precision):
-            probabilities = route(models, split.images.float(), result["seed"], **changes)
-        prediction = probabilities.argmax(dim=1)
+            if name == GLOBAL:
+                predicted = [train.probabilities_of(models[-1], images)]
+            else:
+                predicted = [route(models, part, result["seed"], **ROUTING[name]) for part in parts]
+        prediction = torch.cat(predicted).argmax(dim=1)
         rows = iopfl.evaluate(
             prediction, split.masks, split.cases, dataset.structures, site.spacing,
             distances=False)
@@ -114,15 +137,17 @@ def route(
     fit: dict = {},
     experts: str = "all",
     online: bool = False,
+    factor: bool = True,
 ) -> Tensor:
     """Probabilities (N, C, H, W) by a variant of `train.routing_ours`."""
     settings = router.RoutingSettings(**settings)
     seen = images[:settings.batch_size] if online else images
     options = {"online": online}
-    if experts != "all":  # the share of the site's statistics is that of all models
-        rule = router.site_share(models, router.divergence(models[-1], seen))
+    if experts != "all" or not factor:  # the share of the site's statistics is that of all models
         n = len(router.some_of_all(seen))
-        options["share"] = rule * n / (n + router.PRIOR_IMAGES)
+        prior_images = router.PRIOR_IMAGES if factor else 0
+        rule = router.site_share(models, router.divergence(models[-1], seen))
+        options["share"] = rule * n / (n + prior_images)
     if experts == "global":
         models = models[-1:]
     if experts == "personal":
