@@ -4430,17 +4430,22 @@ def test_sign_test_by_hand():
 
 
 # ---------------------------------------------------------------- README
-def test_readme_snippets_run(tmp_path, monkeypatch):
+def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for module, table in ((train, "TRAINING"), (train, "INSIDE"), (train, "OUTSIDE"),
+                          (data, "TASKS")):  # what a snippet adds goes with the test
+        monkeypatch.setattr(module, table, dict(getattr(module, table)))
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     words = ["--rounds", "1", "--images-per-site", "4", "--size", "32", "--threads", "1"]
     assert call_train(*words, "--methods", "routing-ours") == 0
     names = {}
     exec("\n".join(blocks), names)
+    assert names["probabilities"].shape == (10, 2, 64, 64)
+    assert set(names["personal"]) == {"A", "B"}
     assert names["mask"].shape == (1, 96, 96)
-    assert names["probabilities"].shape == (1, 2, 96, 96)
+    assert methods_in(tmp_path / "runs" / "square") == {"strong", "first"}
 
 
 def test_flower_gives_the_same_models(tmp_path):
