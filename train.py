@@ -913,8 +913,8 @@ def look_at_images(args) -> None:
             print(f"    sizes as read    {extent(site.shapes)}")
         print(f"    resized pixels   {extent(site.spacing.values())} {dataset.unit}")
         print(f"    classes          {', '.join(shares)} % of all pixels")
-        if site.ceilings:
-            mean, least = 100 * np.mean(site.ceilings), 100 * min(site.ceilings)
+        if site.resized_dice:
+            mean, least = 100 * np.mean(site.resized_dice), 100 * min(site.resized_dice)
             print(f"    masks resized and brought back: Dice {mean:.1f} %, least {least:.1f} %")
     file = Path(args.out or "runs") / f"{name_of_images(args)}-hospitals.png"
     draw_hospitals(dataset.sites[:MOST_SHOWN], file)

@@ -491,7 +491,9 @@ def plain_mask(file: Path, dataset: data.DataSet) -> np.ndarray:
     image = Image.open(io.BytesIO(content))
     indices = np.asarray(image)
     shown = np.asarray(image.convert("RGB"))
-    if image.mode in ("P", "PA") and (shown.min(axis=2) < shown.max(axis=2)).any():
+    palette = np.reshape(image.getpalette() or [0, 0, 0], (-1, 3))
+    coloured = (palette != palette[:, :1]).any()
+    if image.mode == "P" and (coloured or len(np.unique(indices)) > len(np.unique(shown))):
         greys = indices
     elif image.mode in ("RGB", "RGBA", "P", "PA", "LA", "CMYK"):
         greys = shown[..., 0]
