@@ -4478,17 +4478,24 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     for module, table in ((train, "TRAINING"), (train, "INSIDE"), (train, "OUTSIDE"),
                           (data, "TASKS")):  # what a snippet adds goes with the test
         monkeypatch.setattr(module, table, dict(getattr(module, table)))
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len(blocks) == 4
+    blocks = []
+    for file in ("README.md", "docs/usage.md"):
+        text = (ROOT / file).read_text(encoding="utf-8")
+        blocks += re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert len(blocks) == 5
+    save_image(Path("image.png"), np.arange(2500, dtype=np.uint8).reshape(50, 50))
     words = ["--rounds", "1", "--images-per-site", "4", "--size", "32", "--threads", "1"]
     assert call_train(*words, "--methods", "routing-ours") == 0
     names = {}
-    exec("\n".join(blocks), names)
-    assert names["probabilities"].shape == (10, 2, 64, 64)
+    shapes = []
+    for block in blocks:
+        exec(block, names)
+        shapes.append(names["probabilities"].shape)
+    assert shapes[0] == (10, 2, 64, 64) and shapes[-1] == (1, 2, 96, 96)
     assert set(names["personal"]) == {"A", "B"}
     assert names["mask"].shape == (1, 96, 96)
-    assert methods_in(tmp_path / "runs" / "square") == {"strong", "first"}
+    added = {row["method"] for row in rows_of(tmp_path / "runs" / "square")}
+    assert added == {"strong", "first"}
 
 
 def test_flower_gives_the_same_models(tmp_path):

@@ -944,7 +944,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     images = parser.add_argument_group("images")
     add = images.add_argument
     add("--task", choices=data.TASKS, default="prostate", help="what is simulated (prostate)")
-    add("--root", help="folders of real images instead, one a hospital (README.md)")
+    add("--root", help="folders of real images instead, one a hospital (docs/usage.md)")
     add("--mask-values", type=int, nargs="+", help="grey values of the classes in their masks")
     add("--size", type=int, default=96, help="height and width of an image (96)")
     add("--images-per-site", type=int, default=60, help="simulated; six of ten train (60)")
