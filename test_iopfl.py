@@ -2571,7 +2571,7 @@ PHOTOGRAPH = np.arange(1024, dtype=np.int64).reshape(32, 32).astype(np.uint8)
 @pytest.mark.parametrize("pixels, mask_values, parts", [
     (SPOT[:20, :24], None, ["(1, 20, 24)", "(1, 32, 32)", "resample"]),
     (255 * SPOT, None, ["255", "0, 1 …", "--mask-values 0 255"]),
-    (7 * SPOT, [0, 1], ["not all among --mask-values [0, 1]; or list", "--mask-values 0 7"]),
+    (7 * SPOT, [0, 1], ["0 7 are not all among --mask-values [0, 1]", "a further class"]),
     (PHOTOGRAPH, [0, 1], ["not all among", "threshold it and save it as PNG with one value"]),
     (RED, None, ["one channel"]),
     (float_pixels(0.5), None, ["whole numbers"]),
