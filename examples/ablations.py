@@ -91,8 +91,7 @@ def main(argv: list[str] | None = None) -> None:
                 variants = vary_alpha(args, dataset, result["seed"])
                 own_reference = f"α {args.alpha}"
             else:
-                models = load_models(folder, config, args.device)
-                models = list(models.values())
+                models = list(load_models(folder, config, args.device).values())
                 variants = vary_routing(args, dataset, result, models, names, words.images)
                 own_reference = names[0]
             if reference not in (None, own_reference):
