@@ -966,7 +966,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     machine = parser.add_argument_group("machine and files")
     add = machine.add_argument
     add("--device", choices=["auto", "cpu", "cuda"], default="auto", help="a GPU if there is one")
-    add("--precision", choices=["fp32", "bf16"], default="fp32", help="of convolutions (fp32)")
+    add("--precision", choices=["fp32", "bf16"], default="fp32",
+        help="of convolutions (fp32); a CPU without AVX-512 is slow in bf16")
     add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     add("--out", help="a new or empty folder (runs/<name>, runs/<name>-2 …)")
     add("--resume", metavar="DIR", help="go on with the run in this folder, with its settings; "
