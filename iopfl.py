@@ -54,7 +54,9 @@ def train_local(
     proximal: float = 0.0,
     anchor: State | None = None,
 ) -> float:
-    """Train `model` in place on one client's images (M1); return the mean loss of the last epoch.
+    """Train `model` in place on one client's images (M1).
+
+    Returns the mean soft Dice loss of the last epoch's batches, without the penalty.
 
     images: (N, C, H, W), or (N, C, D, H, W) of volumes. masks: (N, H, W) or (N, D, H, W) class
     indices. Both lie on the model's device.
@@ -72,10 +74,11 @@ def train_local(
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
     dtype = next(model.parameters()).dtype
     if proximal:
-        anchor = anchor or snapshot(model)
-        centres = []
+        if anchor is None:
+            anchor = snapshot(model)
+        anchor_weights = []
         for name, weight in model.named_parameters():
-            centres.append(anchor[name].to(weight.device))
+            anchor_weights.append(anchor[name].to(weight.device))
     # Batches of nearly equal size: a last batch of one image would upset BatchNorm.
     number_of_batches = math.ceil(len(images) / batch_size)
     for _ in range(epochs):
@@ -89,8 +92,8 @@ def train_local(
             loss = soft_dice_loss(logits, masks[batch])
             losses.append(loss.detach())
             if proximal:
-                for weight, centre in zip(model.parameters(), centres):
-                    loss = loss + proximal / 2 * (weight - centre).square().sum()
+                for weight, fixed in zip(model.parameters(), anchor_weights):
+                    loss = loss + proximal / 2 * (weight - fixed).square().sum()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -123,13 +126,15 @@ def check_finite(state: State, whose: str) -> None:
 # ---------------------------------------------------------------- the method (M1, M2)
 @torch.no_grad()
 def aggregate(states: Sequence[State], weights: Sequence[float]) -> State:
-    """The weighted mean of the clients' states, g = Σ_k w_k · state_k / Σ_k w_k (M1).
+    """The weighted mean of the clients' states, g = Σ_k (n_k / n) w_k with n = Σ_k n_k (M1).
 
-    weights: one for each client, usually its number of training images. BatchNorm's running
-    statistics are averaged too: without them FedAvg becomes FedBN. Half precision is summed in
-    float32. Integers (`num_batches_tracked`) take the maximum. Returns new tensors.
-    Raises ValueError for weights that are not positive and finite, and where a state's entries are
-    not those of the first; FloatingPointError where a value is not finite.
+    states: the w_k. weights: the n_k, usually numbers of training images. BatchNorm's running
+    statistics are averaged too; kept by the clients they would make it a kind of FedBN. Half
+    precision is summed in float32. Integers (`num_batches_tracked`) take the maximum. Returns new
+    tensors.
+    Raises ValueError where there is not one weight a state, one is negative, or their sum is not
+    positive and finite, and where a state's entries are not those of the first;
+    FloatingPointError where a value is not finite.
     """
     total = float(sum(weights))
     if len(states) != len(weights) or min(weights, default=0) < 0 or not 0 < total < math.inf:
@@ -153,13 +158,13 @@ def aggregate(states: Sequence[State], weights: Sequence[float]) -> State:
 
 def check_alike(first: State, second: State, whose: str) -> None:
     """Raise ValueError, naming the entry, where two states differ in names, shapes or types."""
-    for entry in first.keys() | second.keys():
-        kinds = set()
+    for entry in first | second:
+        found = []
         for state in (first, second):
             value = state.get(entry)
-            kinds.add("missing" if value is None else f"{tuple(value.shape)} {value.dtype}")
-        if len(kinds) > 1:
-            raise ValueError(f"{whose} differ in '{entry}': {', '.join(sorted(kinds))}")
+            found.append("missing" if value is None else f"{tuple(value.shape)} {value.dtype}")
+        if found[0] != found[1]:
+            raise ValueError(f"{whose} differ in '{entry}': {', '.join(found)}")
 
 
 @torch.no_grad()
@@ -196,13 +201,13 @@ class Training:
     one: "none", "batchnorm" (FedBN), "head", which is the last layer (FedPer), or "all", where
     nothing is shared.
     proximal: the pull μ of local training towards the global model (FedProx).
-    second: None, or the pull of a second model that each client trains beside the shared one and
-    never sends (Ditto). The shared models are the same with and without it.
+    ditto: None, or Ditto's λ: each client trains a second model beside the shared one, pulled
+    towards the global one by λ, and never sends it. The shared models are the same without it.
     """
 
     stays: str = "none"
     proximal: float = 0.0
-    second: float | None = None
+    ditto: float | None = None
 
 
 @dataclass
@@ -217,7 +222,8 @@ class Round:
     losses: dict[str, float]  # of local training in this round
 
     def model_of(self, client: str) -> State:
-        """The current global model with the layers that this client keeps."""
+        """The current global model with the layers that this client keeps; if it has never taken
+        part, it keeps none."""
         return self.global_state | self.kept.get(client, {})
 
 
@@ -236,7 +242,8 @@ def federate(
 ) -> Iterator[Round]:
     """Federated averaging (M1): yields each `Round`, from which the caller personalises (M2).
 
-    model: its weights are the start g^0, also when going on. Afterwards they are some client's.
+    model: its weights are the start g^0, also when going on, since a client that joins later takes
+    the layers it keeps, and Ditto's model, from it. Afterwards they are some client's.
     clients: name → object with `images` and `masks` as `train_local` takes them.
     participation: the share of the clients, in (0, 1], that is drawn for each round.
     after: an earlier round to go on from. The result is the same to the bit, because all that is
@@ -247,7 +254,7 @@ def federate(
     start = snapshot(model)
     stays = staying_entries(model, training.stays)
     kept_at_start = {entry: start[entry] for entry in stays}
-    last = after or Round(0, start, {}, {}, {}, {})
+    last = after or Round(0, start, local={}, kept={}, second={}, losses={})
     for number in range(last.number + 1, rounds + 1):
         local, losses, sizes = {}, {}, []
         kept = dict(last.kept)
@@ -262,11 +269,11 @@ def federate(
             check_finite(local[name], f"client {name} in round {number}")
             kept[name] = {entry: local[name][entry] for entry in stays}
             sizes.append(len(images))
-            if training.second is not None:
+            if training.ditto is not None:
                 model.load_state_dict(second.get(name, start))
                 train_local(
                     model, images, masks, generator=seeded(seed, number, name),
-                    proximal=training.second, anchor=last.global_state, **options)
+                    proximal=training.ditto, anchor=last.global_state, **options)
                 second[name] = snapshot(model)
                 check_finite(second[name], f"second model of {name} in round {number}")
         global_state = aggregate(list(local.values()), sizes)  # g^t (M1)
@@ -275,24 +282,25 @@ def federate(
 
 
 def staying_entries(model: nn.Module, stays: str) -> list[str]:
-    """The entries of the state that `Training.stays` means, found by the type of the layers."""
+    """The entries of the state that `Training.stays` means: BatchNorm is found by its type, the
+    head as the layer whose entries come last."""
     entries = list(model.state_dict())  # such as "head.weight"
     if stays == "none":
         return []
     if stays == "all":
         return entries
     if stays == "head":
-        last_layer = entries[-1].rpartition(".")[0]
-        return [entry for entry in entries if entry.rpartition(".")[0] == last_layer]
-    if stays != "batchnorm":
+        layers = [entries[-1].rpartition(".")[0]]
+    elif stays == "batchnorm":
+        layers = []
+        for name, module in model.named_modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                layers.append(name)
+        if not layers:
+            raise ValueError("stays='batchnorm': the model has no BatchNorm, so nothing would stay")
+    else:
         raise ValueError(f"stays='{stays}' is not none, batchnorm, head or all")
-    norms = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            norms.append(name)
-    if not norms:
-        raise ValueError("stays='batchnorm': the model has no BatchNorm, so nothing would stay")
-    return [entry for entry in entries if entry.rpartition(".")[0] in norms]
+    return [entry for entry in entries if entry.rpartition(".")[0] in layers]
 
 
 def draw_clients(names: list, participation: float, seed: int, number: int) -> list:
@@ -304,9 +312,10 @@ def draw_clients(names: list, participation: float, seed: int, number: int) -> l
 
 
 def seeded(seed: int, number: int, client) -> torch.Generator:
-    """A generator for a client in a round, of its images' order; for "all", of who takes part.
+    """The generator of the order of a client's images in a round, from these three alone.
 
-    client: the name, or whatever the clients are told apart by, such as a number.
+    client: the name, or whatever the clients are told apart by, such as a number; "all": the
+    generator of who takes part in the round.
     """
     name_as_number = zlib.crc32(str(client).encode())
     mixed = np.random.SeedSequence([seed, number, name_as_number]).generate_state(1)
@@ -384,10 +393,10 @@ def nearest(points: Tensor, others: Tensor) -> np.ndarray:
     exact = "donot_use_mm_for_euclid_dist"  # the faster matrix product rounds
     distances = []
     for chunk in points.split(128):
-        # No point is farther from its nearest than from the nearest of a few, so that all that
-        # lie outside this box need no look: of two large surfaces nearly all.
-        some = torch.cdist(chunk, others[::32], compute_mode=exact)
-        reach = 1.000001 * some.amin(dim=1).max()
+        # Each point has one of every 32nd of the others within `reach`, so its nearest lies in the
+        # chunk's bounding box widened by `reach`: of two large surfaces few points do.
+        to_few = torch.cdist(chunk, others[::32], compute_mode=exact)
+        reach = 1.000001 * to_few.amin(dim=1).max()  # a little more, against rounding
         above = others >= chunk.amin(dim=0) - reach
         below = others <= chunk.amax(dim=0) + reach
         close = others[(above & below).all(dim=1)]
@@ -408,8 +417,8 @@ def evaluate(
 
     prediction, masks: (N, H, W) class indices. cases: N names, the same for all slices of a volume.
     structures: name → its classes. spacing: case → (row, column) or (slice, row, column).
-    Returns a row for each structure. Distances count only cases where a mask is not empty; they
-    are None where there is no such case, or with distances=False.
+    Returns a row for each structure. Distances count only cases where prediction or truth is not
+    empty; they are None where there is no such case, or with distances=False.
     """
     prediction = prediction.cpu().numpy()
     masks = masks.cpu().numpy()

@@ -319,9 +319,9 @@ def slow_round(g, kept, second, clients, present, training, draw):
             if stays.fullmatch(entry):
                 begin[entry] = kept[name][entry]
         local[name] = train_slowly(begin, client, draw_here, training.proximal, begin)
-        if training.second is not None:
+        if training.ditto is not None:
             own = second[name]
-            second[name] = train_slowly(own, client, draw_here, training.second, g)
+            second[name] = train_slowly(own, client, draw_here, training.ditto, g)
         kept[name] = local[name]
     mean = dict.fromkeys(g, 0)
     for name in present:
@@ -442,7 +442,7 @@ def test_no_two_models_share_memory():
     assert len(set(pointers)) == len(pointers)
 
 
-def test_what_stays_is_found_by_type():
+def test_what_stays_is_found_by_the_layers():
     """Whatever the layers are called: BatchNorm without affine too, the last layer as the head."""
     norm = nn.BatchNorm2d(2, affine=False)
     first, last = nn.Conv2d(1, 2, 1), nn.Conv2d(2, 2, 1)
@@ -4242,7 +4242,7 @@ def test_table_by_hand():
     assert oracle.split()[2:] == ["(ceiling)", "90.0±0.0", "-", "90.0±0.0", "1.00±0.00",
                                   "1.00±0.00"]
     assert iopfl_line.split()[2:5] == ["40.0±0.0", "95.0±7.1*", "67.5±3.5*"]
-    assert counts.startswith("HD95 and ASSD count 10 of 20 masks")
+    assert counts.startswith("HD95 and ASSD count 10 of 20 pairs of truth and prediction")
 
 
 def test_the_palette_has_256_colours():
@@ -4263,8 +4263,8 @@ def test_an_outline_lies_on_the_border_of_its_mask():
 
 
 def test_spread():
-    assert train.spread([1, 2, 3, 4, 5], 3) == [1, 3, 5]
-    assert train.spread([1, 2], 6) == [1, 2]
+    assert train.evenly_chosen([1, 2, 3, 4, 5], 3) == [1, 3, 5]
+    assert train.evenly_chosen([1, 2], 6) == [1, 2]
 
 
 def test_a_look_at_images(tmp_path, capsys):

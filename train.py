@@ -24,7 +24,7 @@ import time
 import warnings
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import numpy as np
 import torch
@@ -88,16 +88,16 @@ def federation(args, dataset, seed: int, hold_out: str | None, way: str, folder:
 
     # Inside. A round: local training, the average, and each hospital's personalised model.
     progress = load_progress(folder / "last.pt")
-    personal, fine_tuned = progress.personal, progress.fine_tuned
     tick = time.perf_counter()
-    for last in rounds_of(args, model, sites, way, seed, after=progress.last):
-        progress.last = last
-        for name, local in last.local.items():
-            personal[name] = iopfl.update_personal(personal.get(name), local, args.alpha)  # M2
-            fine_tuned[name] = local  # the same with α = 0
+    for current in rounds_of(args, model, sites, way, seed, after=progress.last):
+        progress.last = current
+        for name, local in current.local.items():
+            personal = progress.personal.get(name)  # None in the hospital's first round
+            progress.personal[name] = iopfl.update_personal(personal, local, args.alpha)  # M2
+            progress.fine_tuned[name] = local  # the same with α = 0
         progress.history.append(scores_of_round(args, dataset, sites, model, way, progress))
         save_progress(folder / "last.pt", progress)
-        print_round(last, args.rounds, seconds=time.perf_counter() - tick)
+        print_round(current, args.rounds, seconds=time.perf_counter() - tick)
         tick = time.perf_counter()
     draw_curves(progress.history, folder / "curves.png")
     tell_absent(sites, way, progress)
@@ -166,7 +166,7 @@ def hospital_outside(args, dataset, name: str, models: dict, methods: list, seed
     for method in methods:
         if method not in OUTSIDE:
             continue
-        outcome = OUTSIDE[method](networks, split, seed)
+        outcome = OUTSIDE[method](networks, split, seed)  # oracle alone reads split.masks
         prediction = outcome.probabilities.argmax(dim=1).cpu()  # (N, H, W)
         rows += score(dataset, site, split, prediction, "outside", method)
         if method.startswith("routing"):
@@ -188,8 +188,8 @@ TRAINING = {
     "local": iopfl.Training(stays="all"),
     "centralised": iopfl.Training(),
 }
-WITH_DITTO = iopfl.Training(second=0.1)  # the plain federation, with Ditto's models beside it
-# Each method inside and the federation it is read off.
+WITH_DITTO = iopfl.Training(ditto=0.1)  # the plain federation, with Ditto's models beside it
+# By method inside: the key of TRAINING whose federation it is read off.
 INSIDE = {
     "local": "local",
     "fedavg": "plain",  # McMahan et al. 2017
@@ -226,12 +226,13 @@ def state_for(method: str, site: str, progress: Progress) -> iopfl.State:
 
 
 def ways_of_training(methods: list[str]) -> list[str]:
-    """The federations that some methods need; each is trained once."""
+    """The keys of TRAINING that these methods need; each is trained once."""
     return [way for way in TRAINING if methods_of(way, methods)]
 
 
 def methods_of(way: str, methods: list[str]) -> list[str]:
-    """Those of some methods that need this federation; methods outside route the plain one's."""
+    """Those of these methods that are read off the federation `way`. Methods outside, which INSIDE
+    does not name, take the models of the plain one."""
     return [method for method in methods if INSIDE.get(method, "plain") == way]
 
 
@@ -242,6 +243,7 @@ class Outcome(NamedTuple):
 
 
 # Each takes the models (the global one last), the hospital's images as a `data.Split`, and a seed.
+# `float()`, since slices of volumes are kept in float16.
 def global_model(models, split, seed):
     return Outcome(probabilities_of(models[-1], split.images))
 
@@ -269,33 +271,34 @@ def best_inside(models, split, seed):
 
 
 def bn(models, split, seed):
-    """The global model with the BatchNorm statistics of the hospital's images."""
+    """The global model with the BatchNorm statistics of the hospital's images. With one expert
+    nothing is routed, and without passes nothing is tuned."""
     images = split.images.float()
     settings = router.RoutingSettings(passes=0)
-    routed = router.build_routed(models[-1:], settings, seeded(seed))
+    routed = router.build_routed(models[-1:], settings, new_generator(seed))
     router.fit_to_site(routed, models[-1:], images, share=1.0)
     return adapted(routed, images, seed)
 
 
 def tent(models, split, seed):
-    """Wang et al. 2021. With one expert nothing is routed: what moves is BatchNorm's affine."""
+    """Wang et al. 2021. Again nothing is routed: what moves is BatchNorm's affine."""
     settings = router.RoutingSettings(
         batch_statistics=True, entropy=1.0, consistency=0.0, shape=0.0,
         lr=1e-3, passes=1, leash=None)
-    routed = router.build_routed(models[-1:], settings, seeded(seed))
+    routed = router.build_routed(models[-1:], settings, new_generator(seed))
     return adapted(routed, split.images.float(), seed)
 
 
 def routing_published(models, split, seed):
     """Routing with the settings of the published code, from a random start (M4 to M8)."""
-    routed = router.build_routed(models, router.PUBLISHED, seeded(seed))
+    routed = router.build_routed(models, router.PUBLISHED, new_generator(seed))
     return adapted(routed, split.images.float(), seed)
 
 
 def routing_ours(models, split, seed):
     """Routing that starts where the models fit the images, then a few small steps on a leash."""
     images = split.images.float()
-    routed = router.build_routed(models, router.RoutingSettings(), seeded(seed))
+    routed = router.build_routed(models, router.RoutingSettings(), new_generator(seed))
     router.fit_to_site(routed, models, images)
     return adapted(routed, images, seed)
 
@@ -303,12 +306,11 @@ def routing_ours(models, split, seed):
 def oracle(models, split, seed):
     """The ceiling: the global model, trained for ten more epochs on the labels of one half of the
     cases, predicts the other half; and the other way round."""
-    generator = seeded(seed)
+    generator = new_generator(seed)
     cases = list(dict.fromkeys(split.cases))
     order = torch.randperm(len(cases), generator=generator)
-    half_of_cases = len(cases) // 2
-    drawn = [cases[i] for i in order[:half_of_cases]]
-    half = torch.tensor([case in drawn for case in split.cases])  # (N,)
+    first_half = [cases[i] for i in order[:len(cases) // 2]]
+    half = torch.tensor([case in first_half for case in split.cases])  # (N,)
     probabilities = probabilities_of(models[-1], split.images)
     for tested in (half, ~half):
         model = copy.deepcopy(models[-1])
@@ -334,7 +336,7 @@ CEILINGS = ("centralised", "oracle")  # know what no method may know
 
 @torch.no_grad()
 def probabilities_of(model: nn.Module, images: Tensor) -> Tensor:
-    """Probabilities (N, C, H, W) of images (N, C_in, H, W), by a model as it was trained."""
+    """Probabilities (N, C, H, W) of images (N, C_in, H, W), by a model in evaluation mode."""
     probabilities = []
     for batch in images.split(32):
         logits = model(batch.float())
@@ -344,7 +346,7 @@ def probabilities_of(model: nn.Module, images: Tensor) -> Tensor:
 
 def adapted(routed: router.RoutedNetwork, images: Tensor, seed: int) -> Outcome:
     """Tune a routed network on the images (M6 to M8), then predict them."""
-    generator = seeded(seed, images.device)
+    generator = new_generator(seed, images.device)
     probabilities = router.adapt(routed, images, generator=generator)
     return Outcome(probabilities, routed)
 
@@ -361,20 +363,20 @@ def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list
 
 
 # ---------------------------------------------------------------- what the story needs
-def seeded(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
+def new_generator(seed: int, device: str | torch.device = "cpu") -> torch.Generator:
     return torch.Generator(device).manual_seed(seed)
 
 
 def new_model(args, dataset: data.DataSet, seed: int) -> UNet:
-    generator = seeded(seed)  # of the initial weights
+    generator = new_generator(seed)  # of the initial weights
     model = UNet(dataset.channels, dataset.classes, args.width, args.depth, generator)
     return model.to(args.device, memory_format=torch.channels_last)
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
     """Around training and adapting: convolutions in bfloat16, if asked for."""
-    # The cache would hold on to the weights of the first step.
     in_bf16 = precision == "bf16"
+    # The cache would hold on to the weights of the first step.
     return torch.autocast(device, torch.bfloat16, enabled=in_bf16, cache_enabled=False)
 
 
@@ -404,7 +406,7 @@ def keep_memory() -> None:
         return
     M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
     libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)  # no blocks apart
+    libc.mallopt(M_MMAP_MAX, 0)  # large blocks are not mapped apart
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # nothing is returned
 
 
@@ -448,7 +450,7 @@ def tell_absent(sites: list, way: str, progress: "Progress") -> None:
         print(f"never took part, scored with the global model: {', '.join(absent)}")
 
 
-def stop(message: str, status: int) -> None:
+def stop(message: str, status: int) -> NoReturn:
     """End with one line on stderr."""
     show_warning(message)
     sys.exit(status)
@@ -490,7 +492,7 @@ def scores_of_round(args, dataset, sites, model, way: str, progress: Progress) -
     entry = {"round": last.number, "losses": last.losses}
     if last.number % 5 == 0:
         entry["validation"] = {}
-        methods = ["fedavg", "iopfl"] if way == "plain" else [way]
+        methods = ["fedavg", "iopfl"] if way == "plain" else [way]  # others have one model
         for method in methods:
             rows = score_inside(args, dataset, sites, model, progress, method, "validation")
             mean = np.mean([row["dice"] for row in rows])
@@ -540,8 +542,8 @@ def about_machine(args) -> dict:
 
 def table(rows: list[dict], unit: str) -> str:
     """A line for each structure and method: Dice by hospital, its mean, and mean distances."""
-    valid = sum(row["distance_cases"] for row in rows)
-    masks = sum(row["cases"] for row in rows)
+    with_distance = sum(row["distance_cases"] for row in rows)
+    pairs = sum(row["cases"] for row in rows)
     if len(distinct(rows, "structure")) > 1:
         rows = rows + [row | {"structure": "mean"} for row in rows]
     sites = sorted(distinct(rows, "site"))
@@ -560,20 +562,22 @@ def table(rows: list[dict], unit: str) -> str:
             name = f"{method} (ceiling)" if method in CEILINGS else method
             block[method] = f"{structure:10.10} {name:22}"
         for _, key, in_column in columns:
-            part = [row for row in rows if row["structure"] == structure]
-            part = [row for row in part if row["site"] in in_column]
-            part = [row for row in part if row[key] is not None]
+            part = [row for row in rows
+                    if row["structure"] == structure
+                    and row["site"] in in_column
+                    and row[key] is not None]
             cells = column_cells(part, key)
             for method in block:
                 block[method] += f"{cells.get(method, '-'):>12}"
         lines += block.values()
-    lines.append(f"HD95 and ASSD count {valid} of {masks} masks; in the others nothing is drawn")
+    lines.append(f"HD95 and ASSD count {with_distance} of {pairs} pairs of truth and prediction; "
+                 "in the others both are empty")
     return "\n".join(lines)
 
 
 def column_cells(rows: list[dict], key: str) -> dict[str, str]:
     """By method: mean ± sample standard deviation over the seeds, a star at the best."""
-    means, spreads = {}, {}
+    means, deviations = {}, {}
     for method in distinct(rows, "method"):
         by_seed = {}
         for row in rows:
@@ -582,7 +586,7 @@ def column_cells(rows: list[dict], key: str) -> dict[str, str]:
         mean_of_seeds = [np.mean(values) for values in by_seed.values()]
         means[method] = np.mean(mean_of_seeds)
         if len(mean_of_seeds) > 1:
-            spreads[method] = np.std(mean_of_seeds, ddof=1)
+            deviations[method] = np.std(mean_of_seeds, ddof=1)
     rivals = [mean for method, mean in means.items() if method not in CEILINGS]
     scale, digits = 1, 2
     best = min(rivals, default=None)
@@ -592,8 +596,8 @@ def column_cells(rows: list[dict], key: str) -> dict[str, str]:
     cells = {}
     for method, mean in means.items():
         cell = f"{scale * mean:.{digits}f}"
-        if method in spreads:
-            cell += f"±{scale * spreads[method]:.{digits}f}"
+        if method in deviations:
+            cell += f"±{scale * deviations[method]:.{digits}f}"
         star = "*" if mean == best and method not in CEILINGS else " "
         cells[method] = cell + star
     return cells
@@ -648,7 +652,7 @@ def name_of_images(args) -> str:
 
 
 def load_result(file: Path, rounds: int) -> dict:
-    """What rows.json tells of a federation of so many rounds; else what there is at the start."""
+    """rows.json of a federation, if it is of so many rounds; else a result that is still empty."""
     if file.exists():
         result = load(file, "seed", "hold_out", "rounds", "methods", "rows", "routing", "history",
                       "seconds")
@@ -706,7 +710,7 @@ def load(file: Path, *keys: str) -> dict:
         else:
             content = json.loads(file.read_bytes())
         for key in keys:
-            content[key]
+            content[key]  # an error if it is missing
         return content
     except Exception as error:  # of many kinds: the archive, its index or a tensor may be wrong
         problem = f"{file}: missing, damaged or not of train.py ({type(error).__name__})"
@@ -732,7 +736,7 @@ def draw_hospitals(sites: list[data.Site], file: Path) -> None:
         numbers = holds_something.nonzero().flatten().tolist()
         if not numbers:
             numbers = list(range(len(split.masks)))
-        shown = spread(numbers, 6)
+        shown = evenly_chosen(numbers, 6)
         cells = []
         for number in shown:
             truth = (split.masks[number], GREEN)
@@ -756,7 +760,7 @@ def draw_outside(split: data.Split, before: Tensor, after: Tensor, file: Path) -
         gains.append((score_after - score_before, number, score_before, score_after))
     rows, labels = [], []
     gains.sort()
-    for _, number, score_before, score_after in spread(gains, 6):
+    for _, number, score_before, score_after in evenly_chosen(gains, 6):
         image = split.shown(number)
         truth = (split.masks[number], GREEN)
         by_global = (before[number], ORANGE)
@@ -841,7 +845,7 @@ def picture(image, outlines=(), size: tuple = (160, 160)) -> Image.Image:
     result = result.resize(size, SMOOTH)
     for mask, colour in outlines:
         mask = np.asarray(mask)
-        for level in range(1, mask.max() + 1):
+        for level in range(1, mask.max() + 1):  # the cup lies in the disc
             result.paste(colour, mask=outline(mask >= level, size))
     return result
 
@@ -888,8 +892,8 @@ def save_image(image: Image.Image, file: Path) -> None:
     write_whole(file, buffer)
 
 
-def spread(values: list, count: int) -> list:
-    """So many of the values, evenly from the first to the last."""
+def evenly_chosen(values: list, count: int) -> list:
+    """`count` of the values, from the first to the last."""
     count = min(count, len(values))
     last = len(values) - 1
     places = np.linspace(0, last, count).round()
@@ -996,7 +1000,8 @@ def settings_of_run(args, parser: Parser) -> argparse.Namespace:
         parser.error("--methods: ditto has models from the first round on; start a new run")
     for name in ("seeds", "methods"):
         given[name] = saved[name] + given.get(name, [])
-    return argparse.Namespace(**saved | given | {"resume": str(folder)})
+    settings = saved | given | {"resume": str(folder)}
+    return argparse.Namespace(**settings)
 
 
 def fill_in_defaults(args) -> None:
@@ -1042,7 +1047,8 @@ def check(args, parser: Parser) -> None:
     if args.images_per_site < 4:
         parser.error("--images-per-site must be at least 4: two train, one validates, one tests")
     if args.size <= 2**args.depth:
-        parser.error(f"--size must be above {2**args.depth} pixels, which --depth makes one")
+        parser.error(f"--size must be above {2**args.depth} pixels, which --depth {args.depth} "
+                     "pools into one")
     if args.width * 2**args.depth > 2**13:
         parser.error(f"--width and --depth: more than {2**13} channels at the lowest level")
     if not args.lr > 0:

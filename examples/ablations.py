@@ -151,9 +151,9 @@ def route(
         models = models[-1:]
     if experts == "personal":
         models = models[:-1]
-    routed = router.build_routed(models, settings, train.seeded(seed))
+    routed = router.build_routed(models, settings, train.new_generator(seed))
     router.fit_to_site(routed, models, seen, **options | fit)
-    generator = train.seeded(seed, images.device)
+    generator = train.new_generator(seed, images.device)
     return router.adapt(routed, images, generator=generator, online=online)
 
 

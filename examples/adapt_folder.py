@@ -249,12 +249,12 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
     if trained.routed is not None:
         return trained.routed, router.predict(trained.routed, images)
     settings = routing_settings(trained.config)
-    generator = train.seeded(trained.seed)  # of the routers' weights
+    generator = train.new_generator(trained.seed)  # of the routers' weights
     routed = router.build_routed(trained.models, settings, generator)
     if settings is not router.PUBLISHED:
         seen = images[:settings.batch_size] if online else images
         router.fit_to_site(routed, trained.models, seen, online=online)
-    generator = train.seeded(trained.seed, images.device)
+    generator = train.new_generator(trained.seed, images.device)
     probabilities = router.adapt(routed, images, generator=generator, online=online)
     return routed, probabilities
 
@@ -266,7 +266,7 @@ def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor
     Their quotient, 0 to 1, is the confidence of a mask.
     """
     batch_size = routed.settings.batch_size
-    generator = train.seeded(0, images.device)
+    generator = train.new_generator(0, images.device)
     overlaps = []
     batches = router.in_batches(images, batch_size)
     predictions = router.in_batches(probabilities, batch_size)
@@ -328,7 +328,7 @@ def draw_overlay(pixels: np.ndarray, mask: np.ndarray, file: Path) -> None:
     shown_width = max(1, round(width * scale))
     shown_height = max(1, round(height * scale))
     cells, titles = [], []
-    for number in train.spread(shown, 6):
+    for number in train.evenly_chosen(shown, 6):
         image = pixels[number].transpose(2, 0, 1)
         outlines = [(mask[number], train.BLUE)]
         cell = train.picture(image, outlines, (shown_width, shown_height))
