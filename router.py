@@ -1,10 +1,11 @@
 """Outside the federation: M networks as one, mixed by small routers, tuned at test time, no labels.
 
-Imports torch only and knows nothing of the other files: copy it into a project that has M trained
-networks of one architecture (personalised ones first, the global one last) and unlabelled images.
+Imports torch (2.6 or later) only and knows nothing of the other files: copy it into a project that
+has M trained networks of one architecture (personalised ones first, the global one last) and
+unlabelled images.
 
     routed = build_routed(models)
-    fit_to_site(routed, models, images)  # ours; leave it out for the published start
+    fit_to_site(routed, models, images)  # ours; for the published start call check_routed instead
     probabilities = adapt(routed, images, generator=torch.Generator().manual_seed(0))
 
 Part 1 is the method (M4 to M8 of README.md), by the published code where the paper leaves it open.
@@ -38,7 +39,7 @@ class RoutingSettings:
     per_sample: bool = True  # False: routers see no image, so that all images are routed alike
     dropout: float = 0.2  # inside the routers, while adapting
     mix_batchnorm: bool = True  # BatchNorm mixed like the kernels; False: the last expert's
-    batch_statistics: bool = False  # in BatchNorm; False: running ones, and a share of the site's
+    batch_statistics: bool = False  # BatchNorm's; False: running ones, and a share of the site's
     consistency: float = 1.0  # λ_con
     shape: float = 0.02  # λ_shape
     entropy: float = 0.0  # λ_ent
@@ -47,10 +48,10 @@ class RoutingSettings:
     lr: float = 2e-4  # of Adam
     passes: int = 3  # over the images, offline
     batch_size: int = 5
-    leash: float | None = 0.01  # how far a class's area may move (part 2); None: anywhere
+    leash: float | None = 0.01  # by what share a class's area may change (part 2); None: by any
 
 
-# The published entropy is summed over a batch of 5 and weighted by 10: 25 times M8's mean. The
+# The published entropy, summed over a batch of 5 and weighted, is 10 · 5 / 2 times M8's mean. The
 # shape term, 10⁻⁶ times the 2-norm of M7's map, has about the gradient of 0.004 M7 at 384².
 PUBLISHED = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics=True,
                             consistency=0.1, shape=0.004, entropy=25.0,
@@ -67,8 +68,9 @@ class Pass:
     dropout: Generator | None  # draws the dropout in the routers; None: no dropout
     counting: bool  # whether BatchNorm counts its inputs as images of the site (part 2)
     chunk_size: int | None  # how many images a layer computes at once; None: all
-    last_expert: Tensor  # weights (N, M), all on the last expert
-    weights: Tensor  # (N, M), of the latest layer with a router; before the first: last_expert
+    images: int  # N
+    all_on_last: Tensor  # routing weights (N, M): 1 for the last expert, 0 for the others
+    weights: Tensor  # (N, M), of the latest layer with a router; before the first: all_on_last
     routing: dict[str, Tensor]  # the weights (N, M) of each layer with a router so far
 
 
@@ -104,7 +106,7 @@ class Router(nn.Module):
 
 def draw_linear(inputs: int, outputs: int, generator) -> nn.Linear:
     """A linear layer of torch's own distribution, drawn from this generator (None: torch's own)."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # it would draw from the global one
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # it would draw from torch's own
     bound = inputs**-0.5
     nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)
@@ -148,10 +150,12 @@ class Routed(nn.Module):
     def routing_weights(self, x: Tensor) -> Tensor:
         """The weights (N, M) by which this layer is mixed."""
         current = self.current
-        images = len(current.last_expert)
-        if len(x) != images:
+        if current is None:
+            raise ValueError(f"cannot route '{self.name}' outside a pass: call the routed network, "
+                             "not its `network`, and switch gradient checkpointing off")
+        if len(x) != current.images:
             raise ValueError(f"cannot route '{self.name}': its batch has {len(x)} entries for "
-                             f"{images} images; choose a network that cuts no image into windows")
+                             f"{current.images} images; choose a network without windows")
         if self.router is None:
             return current.weights / current.weights.sum(dim=1, keepdim=True)
         current.weights = self.router(x, current.settings, current.dropout)
@@ -172,18 +176,18 @@ class Routed(nn.Module):
 
     def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
         """As the layer's own forward, but each of the N images has parameters of its own."""
-        kind = x.device.type
-        if any(isinstance(value, Tensor) for value in args):
+        device_type = x.device.type
+        if any(isinstance(value, Tensor) for value in [*args, *kwargs.values()]):
             raise ValueError(f"cannot route '{self.name}': it is given more than one tensor; move "
                              "its parameters into a layer that is given one")
-        with torch.autocast(kind, enabled=False):  # bfloat16 would be too coarse here
+        with torch.autocast(device_type, enabled=False):  # bfloat16 would be too coarse here
             parameters = self.mix(self.routing_weights(x))
-        if torch.is_autocast_enabled(kind):
+        if torch.is_autocast_enabled(device_type):
             # Autocast does not reach into vmap, so its rule is applied here: convolutions and
             # linear layers in low precision, norms in float32.
             dtype = torch.float32
             if self.router is not None:
-                dtype = torch.get_autocast_dtype(kind)
+                dtype = torch.get_autocast_dtype(device_type)
             x = x.to(dtype)
             for entry in self.mixed:
                 parameters[entry] = parameters[entry].to(dtype)
@@ -220,7 +224,7 @@ class RoutedBatchNorm(Routed):
         with torch.autocast(x.device.type, enabled=False):
             weights = self.routing_weights(x)
             if not self.current.settings.mix_batchnorm:
-                weights = self.current.last_expert
+                weights = self.current.all_on_last
             own = self.mix(weights)  # each (N, C)
             mean, variance = self.statistics(x, own)
             precision = (variance + self.eps).rsqrt()
@@ -284,7 +288,7 @@ class RoutedNetwork(nn.Module):
     """M frozen networks as one, mixed layer by layer and image by image; made by `build_routed`.
     The experts are buffers. Its parameters are what adaptation moves: the routers, and what is
     added to the layers without a router. `train` changes nothing; after `settings` was replaced,
-    `keep_start` makes an optimiser of the new learning rate.
+    `keep_start` makes an optimiser of the new learning rate, and what it is then its start.
     `routing`: the weights (N, M) of the last pass by the names of the layers with a router; of a
     layer that is called twice, those of its last call. Source: the published code, but for
     the state that is kept (ours)."""
@@ -305,17 +309,17 @@ class RoutedNetwork(nn.Module):
         """Images (N, C_in, …) → logits (N, C, …), C at least 2.
         dropout: draws the dropout in the routers; None: no dropout.
         counting: whether BatchNorm counts the images into the site's statistics (part 2)."""
-        kind = images.device.type
-        if torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16:
+        device_type = images.device.type
+        in_autocast = torch.is_autocast_enabled(device_type)
+        if in_autocast and torch.get_autocast_dtype(device_type) == torch.float16:
             raise ValueError("routing overflows in float16; use bfloat16 autocast or float32")
-        N, M = len(images), self.experts
-        last_expert = torch.zeros(N, M, device=images.device)
-        last_expert[:, -1] = 1
+        all_on_last = torch.zeros(len(images), self.experts, device=images.device)
+        all_on_last[:, -1] = 1
         chunk_size = None
-        if kind == "cpu" and images[0, 0].numel() >= 128**2:
+        if device_type == "cpu" and images[0, 0].numel() >= 128**2:
             chunk_size = 1  # faster there than large images as groups of one convolution
-        current = Pass(self.settings, dropout, counting, chunk_size, last_expert,
-                       weights=last_expert, routing={})
+        current = Pass(self.settings, dropout, counting, chunk_size, len(images),
+                       all_on_last, weights=all_on_last, routing={})
         layers = self.parts(Routed)
         for layer in layers:
             layer.current = current
@@ -379,7 +383,8 @@ def logits_of(output) -> Tensor:
     """The logits (N, C, …), C at least 2, in what a network returns: the tensor itself; of a
     dict, as HuggingFace's outputs are, the entry "logits" or "out", or else the first; of a list or
     tuple the first. One channel z becomes two, 0 and z, whose softmax is the sigmoid of z.
-    Raises ValueError where these are probabilities already."""
+    Raises ValueError where these look like a softmax's probabilities, or one channel's sigmoid.
+    Several channels of a sigmoid each are not told from logits, and not meant."""
     if isinstance(output, dict):
         first = next(iter(output.values()))
         return logits_of(output.get("logits", output.get("out", first)))
@@ -408,11 +413,11 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
     pass can show is refused by `check_routed`, which `fit_to_site` calls."""
     models = [getattr(model, "_orig_mod", model) for model in models]  # of torch.compile
     modules = [dict(model.named_modules()) for model in models]
-    names = dict.fromkeys(name for own in modules for name in own)  # each once, in order
+    names = dict.fromkeys(name for by_name in modules for name in by_name)  # each once, in order
     example = next(models[-1].parameters())
     routed_layers = {}
     for name in names:
-        experts = [own.get(name) for own in modules]
+        experts = [by_name.get(name) for by_name in modules]
         check_alike(name, experts)
         if needs_routing(experts[-1]):
             for layer in experts:
@@ -428,10 +433,10 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
 
 def own_values(layer: nn.Module) -> dict[str, Tensor]:
     """The parameters and buffers of a layer itself, not of its children; no integers."""
-    own = dict(layer.named_parameters(recurse=False))
-    own |= dict(layer.named_buffers(recurse=False))
+    tensors = dict(layer.named_parameters(recurse=False))
+    tensors |= dict(layer.named_buffers(recurse=False))
     values = {}
-    for name, value in own.items():
+    for name, value in tensors.items():
         if value.is_floating_point():
             values[name] = value.detach()
     return values
@@ -466,7 +471,8 @@ def check_alike(name: str, experts: list) -> None:
 
 def refuse_unroutable(name: str, layer: nn.Module) -> None:
     """Raise ValueError, with the layer's name and what to do, where it cannot be routed."""
-    own = list(layer.parameters(recurse=False))
+    parameters = list(layer.parameters(recurse=False))
+    tensors = [*parameters, *layer.buffers(recurse=False)]
     reason = None
     if isinstance(layer, LazyModuleMixin):
         reason = "is lazy; pass an image through the network first"
@@ -476,42 +482,47 @@ def refuse_unroutable(name: str, layer: nn.Module) -> None:
         reason = "has hooks, as of weight_norm, spectral_norm or pruning; remove them first"
     elif "forward" in vars(layer):
         reason = "has a forward of its own; compile or patch only the whole model"
-    elif len(list(layer.parameters())) > len(own):
+    elif len(list(layer.parameters())) > len(parameters):
         reason = "holds parameters beside child modules; move them into a child of their own"
+    elif isinstance(layer, (nn.ParameterList, nn.ParameterDict)):
+        reason = "computes nothing; move its parameters into the layer that uses them"
+    elif not is_batchnorm(layer) and len(own_values(layer)) < len(tensors):
+        reason = "holds integers or complex numbers beside its parameters; compute them in forward"
     elif any(value.dtype.itemsize < 4 for value in own_values(layer).values()):
         reason = "is in half precision; convert the models by .float()"
     elif not all(value.isfinite().all() for value in own_values(layer).values()):
         reason = "holds values that are not finite; its training has diverged"
     if reason is not None:
-        kind = type(layer).__name__
-        raise ValueError(f"build_routed: cannot route '{name}': {kind} {reason}")
+        class_name = type(layer).__name__
+        raise ValueError(f"build_routed: cannot route '{name}': {class_name} {reason}")
 
 
 @torch.no_grad()
 def check_routed(routed: RoutedNetwork, models: list, images: Tensor) -> None:
-    """Raise ValueError unless images (N, C_in, …) have the same logits from each model by itself
-    and from `routed` where this model has all the weight, and no other model's are nearer.
-    `routed` is afterwards as it was. For those who leave `fit_to_site` out, which calls this."""
+    """Raise ValueError unless each model comes back out of `routed`: with all weight on it, the
+    logits of images (N, C_in, …) must be its own, and no other model's may be nearer. `routed` is
+    afterwards as it was. `fit_to_site` calls this; call it yourself if you leave that out."""
     if len(models) != routed.experts:
         raise ValueError(f"{len(models)} models are given, but {routed.experts} are routed")
     settings, state = routed.settings, routed.snapshot()
     routed.settings = RoutingSettings()  # BatchNorm is mixed, and uses running statistics
     routed.restore(routed.built)
-    expected, found = [], []  # of each model, logits (N, C, …)
+    own_logits, routed_logits = [], []  # of each model, (N, C, …)
     try:
         with torch.autocast(images.device.type, enabled=False):
             for number, model in enumerate(models):
-                expected.append(logits_of(evaluation_copy(model)(images)))
+                own_logits.append(logits_of(evaluation_copy(model)(images)))
                 set_start(routed, torch.eye(len(models))[number])
-                found.append(routed(images))
+                routed_logits.append(routed(images))
     finally:
         routed.settings = settings
         routed.restore(state)
-    for number, logits in enumerate(found):
-        errors = [(logits - other).abs().max() for other in expected]
-        scale = expected[number].abs().max()
-        most = min(0.01 * scale, min(errors) + 1e-4 * scale)
-        if not errors[number] <= most:  # NaN is an error too
+    for number, logits in enumerate(routed_logits):
+        errors = [(logits - other).abs().max() for other in own_logits]
+        scale = own_logits[number].abs().max()
+        near = errors[number] <= 0.01 * scale
+        nearest = errors[number] <= min(errors) + 1e-4 * scale
+        if not (near and nearest):  # NaN is neither
             raise ValueError(
                 f"model {number} is not itself when it is routed: give the models and the order of "
                 "build_routed; no model may begin with a norm or hide parts from torch")
@@ -622,7 +633,8 @@ def adapt(routed: RoutedNetwork, images: Tensor, *, generator: Generator,
     draws order, noise, views and dropout. The experts never change. Grey MRI or colour, 2-D or
     3-D: whatever the networks were trained on, scaled as then.
     offline: `passes` over all images in random order, then all are predicted.
-    online: one step on each batch as it comes, which is then predicted; call again to go on.
+    online: one step on each batch as it comes, which is then predicted; call again to go on. Tell
+    `fit_to_site` too that it is online: else its images count twice.
     Raises ValueError, before anything changes, where there is no image or one is not finite."""
     check_images(images)
     size, device = routed.settings.batch_size, images.device
@@ -650,7 +662,8 @@ def check_images(images: Tensor) -> None:
 
 
 def in_batches(values: Tensor, size: int) -> tuple[Tensor, ...]:
-    """Batches of nearly equal size: a last batch of one image would meet its own statistics."""
+    """Batches of nearly equal size: a single image at the end would be normalised by itself where
+    BatchNorm uses the batch's statistics."""
     return values.tensor_split(math.ceil(len(values) / size))
 
 
@@ -701,7 +714,7 @@ def fit_to_site(routed: RoutedNetwork, models: list, images: Tensor, *,
         raise ValueError(f"start is '{start}', but may be matched, uniform or random")
     if share is not None and not 0 <= share <= 1:
         raise ValueError(f"share is {share}, but may be 0 to 1")
-    contrast = images.flatten(1).std(dim=1)
+    contrast = images.flatten(1).std(dim=1)  # of blank images the models might say the same
     fullest = contrast.topk(min(2, len(images))).indices
     check_routed(routed, models, images[fullest])
     D = torch.stack([divergence(model, images) for model in models])  # (M,)
@@ -772,9 +785,9 @@ def divergence(model: nn.Module, images: Tensor) -> Tensor:
 def gaussian_divergence(mean: Tensor, variance: Tensor, norm: nn.Module) -> Tensor:
     """KL(these ‖ running statistics of `norm`) of two Gaussians a channel, mean over channels.
     mean, variance: (C,)."""
-    own = norm.running_var + norm.eps
-    ratio = (variance + norm.eps) / own
-    distance = (mean - norm.running_mean).square() / own
+    trained = norm.running_var + norm.eps
+    ratio = (variance + norm.eps) / trained
+    distance = (mean - norm.running_mean).square() / trained
     divergences = (distance + ratio - 1 - ratio.log()) / 2  # (C,)
     return divergences.mean()
 
@@ -792,8 +805,8 @@ def site_share(models: list[nn.Module], D: Tensor) -> float:
     *others, last = [running_norms(model) for model in models]
     layers = []
     for norms in others:
-        for norm, own in zip(norms, last):
-            layers.append(gaussian_divergence(norm.running_mean, norm.running_var, own))
+        for norm, of_last in zip(norms, last):
+            layers.append(gaussian_divergence(norm.running_mean, norm.running_var, of_last))
     if not layers:
         return 0.0
     u = torch.stack(layers).mean()
@@ -802,9 +815,9 @@ def site_share(models: list[nn.Module], D: Tensor) -> float:
 
 
 def some_of_all(images: Tensor) -> Tensor:
-    """What can be measured in one pass, since each layer needs the statistics of those before it:
-    evenly chosen among all patients at most 64 images, and no more pixels than 64 of 192²; but at
-    least 8 images, if there are as many."""
+    """At most 64 images, evenly chosen, to be measured in one pass, since each layer needs the
+    statistics of those before it. No more pixels than 64 of 192² have, but at least 8 images, if
+    there are as many."""
     most = 64 * 192**2 // images[0, 0].numel()
     count = min(len(images), max(8, min(64, most)))
     chosen = torch.linspace(0, len(images) - 1, count)

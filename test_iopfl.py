@@ -27,6 +27,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import nn
 from torch.nn.utils import parametrizations, prune
+from torch.utils.checkpoint import checkpoint
 
 import data
 import iopfl
@@ -1903,6 +1904,15 @@ def attention(conv):
     return nn.MultiheadAttention(4, 2)
 
 
+def listed(conv):
+    return nn.ParameterList([conv.weight])
+
+
+def indexed(conv):
+    conv.register_buffer("order", torch.tensor([1, 0]))
+    return conv
+
+
 REFUSED = [
     (half, "'0': Conv2d is in half precision; convert the models by .float()"),
     (bfloat16, "'0': Conv2d is in half precision"),
@@ -1919,6 +1929,8 @@ REFUSED = [
     (lazy, "'0': LazyConv2d is lazy; pass an image through the network first"),
     (Beside, "'0': Beside holds parameters beside child modules; move them into a child"),
     (attention, "'0': MultiheadAttention holds parameters beside child modules"),
+    (listed, "'0': ParameterList computes nothing; move its parameters into the layer"),
+    (indexed, "'0': Conv2d holds integers or complex numbers beside its parameters; compute"),
 ]
 
 
@@ -1975,14 +1987,36 @@ class Fused(nn.Module):
         return self.fusion(self.conv(x), x)
 
 
+class FusedByName(Fused):
+    def forward(self, x):
+        return self.fusion(self.conv(x), y=x)
+
+
 @pytest.mark.parametrize("kind, message", [
     (Windows, "cannot route 'mlp': its batch has 16 entries for 4 images; choose a network"),
     (Fused, "cannot route 'fusion': it is given more than one tensor; move its parameters"),
+    (FusedByName, "cannot route 'fusion': it is given more than one tensor; move its parameters"),
 ])
 def test_a_pass_refuses_layers_that_are_not_given_images(kind, message):
     models = variants(kind(), 2)
     with pytest.raises(ValueError, match=message):
         router.predict(build(models), images())
+
+
+class Checkpointed(nn.Sequential):
+    """Whose layers are computed once more in the backward pass."""
+
+    def forward(self, x):
+        return checkpoint(super().forward, x, use_reentrant=False)
+
+
+def test_layers_outside_a_pass_are_refused():
+    routed = build(variants(Checkpointed(nn.Conv2d(1, 2, 1)), 2))
+    message = "cannot route '0' outside a pass: call the routed network.*checkpointing off"
+    with pytest.raises(ValueError, match=message):
+        router.step(routed, images(), seeded())
+    with pytest.raises(ValueError, match=message):
+        routed.network(images())
 
 
 class Hidden(nn.Sequential):

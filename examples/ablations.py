@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> None:
     for run in words.runs:
         config = train.load(Path(run) / "config.json", "settings")
         args = argparse.Namespace(**config["settings"])
+        args.device = "cuda" if torch.cuda.is_available() else "cpu"
         train.prepare_torch(args)
         for folder in sorted(Path(run).glob("seed*-plain")):
             if not (folder / "rows.json").exists():
@@ -139,10 +140,10 @@ def route(
     factor: bool = True,
 ) -> Tensor:
     """Probabilities (N, C, H, W) by a variant of `train.routing_ours`."""
-    settings = router.RoutingSettings(**settings)
-    seen = images[:settings.batch_size] if online else images
+    routing_settings = router.RoutingSettings(**settings)
+    seen = router.in_batches(images, routing_settings.batch_size)[0] if online else images
     options = {"online": online}
-    if experts != "all" or not factor:  # the share of the site's statistics is that of all models
+    if experts != "all" or not factor:  # u needs all models; the factor is left out by hand
         n = len(router.some_of_all(seen))
         prior_images = router.PRIOR_IMAGES if factor else 0
         rule = router.site_share(models, router.divergence(models[-1], seen))
@@ -151,8 +152,9 @@ def route(
         models = models[-1:]
     if experts == "personal":
         models = models[:-1]
-    routed = router.build_routed(models, settings, train.new_generator(seed))
-    router.fit_to_site(routed, models, seen, **options | fit)
+    routed = router.build_routed(models, routing_settings, train.new_generator(seed))
+    options.update(fit)
+    router.fit_to_site(routed, models, seen, **options)
     generator = train.new_generator(seed, images.device)
     return router.adapt(routed, images, generator=generator, online=online)
 

@@ -252,7 +252,7 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
     generator = train.new_generator(trained.seed)  # of the routers' weights
     routed = router.build_routed(trained.models, settings, generator)
     if settings is not router.PUBLISHED:
-        seen = images[:settings.batch_size] if online else images
+        seen = router.in_batches(images, settings.batch_size)[0] if online else images
         router.fit_to_site(routed, trained.models, seen, online=online)
     generator = train.new_generator(trained.seed, images.device)
     probabilities = router.adapt(routed, images, generator=generator, online=online)
@@ -261,9 +261,8 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
 
 @torch.no_grad()
 def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor:
-    """Per image what the foreground in it and in a noisy, turned view share, and its size: (N, 2).
-
-    Their quotient, 0 to 1, is the confidence of a mask.
+    """For each image 2 Σ p q and Σ (p² + q²), (N, 2): p and q are the foreground in it and in a
+    noisy, turned view. Their quotient, 0 to 1, is the confidence of a mask.
     """
     batch_size = routed.settings.batch_size
     generator = train.new_generator(0, images.device)
