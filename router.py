@@ -67,7 +67,6 @@ class Pass:
     settings: RoutingSettings
     dropout: Generator | None  # draws the dropout in the routers; None: no dropout
     counting: bool  # whether BatchNorm counts its inputs as images of the site (part 2)
-    chunk_size: int | None  # how many images a layer computes at once; None: all
     images: int  # N
     all_on_last: Tensor  # routing weights (N, M): 1 for the last expert, 0 for the others
     weights: Tensor  # (N, M), of the latest layer with a router; before the first: all_on_last
@@ -197,9 +196,8 @@ class Routed(nn.Module):
             layer = self.template[0]
             return functional_call(layer, own, (image, *args), kwargs)
 
-        # vmap makes one grouped convolution of all images' kernels, or of each chunk's.
-        chunk_size = self.current.chunk_size
-        outputs = torch.vmap(compute, chunk_size=chunk_size)(parameters, x.unsqueeze(1))
+        # vmap makes one grouped convolution of all images' kernels.
+        outputs = torch.vmap(compute)(parameters, x.unsqueeze(1))
         return outputs.squeeze(1)  # (N, …)
 
 
@@ -315,11 +313,8 @@ class RoutedNetwork(nn.Module):
             raise ValueError("routing overflows in float16; use bfloat16 autocast or float32")
         all_on_last = torch.zeros(len(images), self.experts, device=images.device)
         all_on_last[:, -1] = 1
-        chunk_size = None
-        if device_type == "cpu" and images[0, 0].numel() >= 128**2:
-            chunk_size = 1  # faster there than large images as groups of one convolution
-        current = Pass(self.settings, dropout, counting, chunk_size, len(images),
-                       all_on_last, weights=all_on_last, routing={})
+        current = Pass(self.settings, dropout, counting, len(images), all_on_last,
+                       weights=all_on_last, routing={})
         layers = self.parts(Routed)
         for layer in layers:
             layer.current = current
