@@ -4280,7 +4280,7 @@ def test_an_outline_lies_on_the_border_of_its_mask():
     assert not blue[60:100, 60:100].any() and blue.sum() > 200
 
 
-def test_spread():
+def test_evenly_chosen():
     assert train.evenly_chosen([1, 2, 3, 4, 5], 3) == [1, 3, 5]
     assert train.evenly_chosen([1, 2], 6) == [1, 2]
 
