@@ -975,25 +975,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     add("--out", help="a new or empty folder (runs/<name>, runs/<name>-2 …)")
     add("--resume", metavar="DIR", help="go on with the run in this folder, with its settings; "
-        "beside it more --rounds, --seeds, --methods, or another --root of the same images")
+        "beside it more --rounds, --seeds, --methods, another --device, or the --root of the same "
+        "images elsewhere")
     args = parser.parse_args(argv)
     if args.resume:
-        args = settings_of_run(args, parser)
+        args = settings_of_run(args, argv, parser)
     fill_in_defaults(args)
     check(args, parser)
     return args
 
 
-def settings_of_run(args, parser: Parser) -> argparse.Namespace:
-    """The settings of the run in --resume, with what was given beside it."""
+MAY_CHANGE = {"rounds", "seeds", "methods", "root", "device"}  # when a run goes on
+
+
+def settings_of_run(args, argv: list[str] | None, parser: Parser) -> argparse.Namespace:
+    """The settings of the run in --resume, with what stands beside it on the command line."""
     folder = Path(args.resume).expanduser()
     saved = load(folder / "config.json", "settings")["settings"]
-    defaults = vars(parser.parse_args(["--resume", args.resume]))
-    if saved.keys() != defaults.keys() - {"resume"}:
+    names = vars(args).keys()
+    if saved.keys() != names - {"resume"}:
         stop(f"{folder}: the run is of another version of train.py", 1)
-    given = {name: value for name, value in vars(args).items() if value != defaults[name]}
-    if given.keys() - {"rounds", "seeds", "methods", "root"}:
-        parser.error("beside --resume only --rounds, --seeds, --methods and --root may be given")
+    empty = argparse.Namespace(**dict.fromkeys(names))  # argparse leaves what is there
+    given = vars(parser.parse_args(argv, empty))
+    given = {name: value for name, value in given.items() if value is not None}
+    if given.keys() - {"resume"} - MAY_CHANGE:
+        parser.error("beside --resume only --rounds, --seeds, --methods, --device and --root may "
+                     "be given")
     if given.get("rounds", saved["rounds"]) < saved["rounds"]:
         parser.error(f"--rounds: the run has {saved['rounds']} already")
     if "ditto" in named_methods(given.get("methods", [])) and "ditto" not in saved["methods"]:
