@@ -4045,9 +4045,10 @@ def test_new_methods_outside_are_tried_without_training(copy_of_run, capsys):
 
 
 @pytest.mark.parametrize("words, part", [
-    (["--lr", "0.1"], "only --rounds, --seeds, --methods and --root"),
-    (["--published"], "only --rounds, --seeds, --methods and --root"),
-    (["--size", "32", "--rounds", "3"], "only --rounds, --seeds, --methods and --root"),
+    (["--lr", "0.1"], "only --rounds, --seeds, --methods, --device and --root"),
+    (["--published"], "only --rounds, --seeds, --methods, --device and --root"),
+    (["--size", "32", "--rounds", "3"], "only --rounds, --seeds, --methods, --device and --root"),
+    (["--size", "96"], "only --rounds, --seeds, --methods, --device and --root"),  # the default
     (["--rounds", "1"], "the run has 2 already"),
     (["--methods", "magic"], "magic is unknown"),
 ])
@@ -4057,6 +4058,18 @@ def test_resume_refuses(copy_of_run, capsys, words, part):
     error = capsys.readouterr().err
     assert part in error and error.count("\n") == 1
     assert (copy_of_run / "config.json").read_bytes() == before
+
+
+def test_a_run_of_a_gpu_goes_on_without_one(copy_of_run, capsys):
+    file = copy_of_run / "config.json"
+    config = json.loads(file.read_text())
+    config["settings"]["device"] = "cuda"
+    file.write_text(json.dumps(config))
+    if not torch.cuda.is_available():
+        assert call_train("--resume", copy_of_run) == 2
+        assert "no GPU was found" in capsys.readouterr().err
+    assert call_train("--resume", copy_of_run, "--device", "cpu") == 0
+    assert json.loads(file.read_text())["settings"]["device"] == "cpu"
 
 
 def test_ditto_cannot_come_later(tmp_path, capsys):
@@ -4343,6 +4356,42 @@ def test_adapting_to_a_folder(folder_run, tmp_path, capsys):
         assert (out / "overlays" / row["file"]).exists()
 
 
+def test_overlays_show_the_global_model_too(folder_run, tmp_path, monkeypatch):
+    sites, run = folder_run
+    shown = []
+    monkeypatch.setattr(adapt_folder, "draw_overlay",
+                        lambda pixels, by_global, mask, file: shown.append(by_global))
+    images = sites / "c" / "images"
+    assert adapt_to(run, images, "--out", tmp_path / "out") == 0
+    config = json.loads((run / "config.json").read_text())
+    model = adapt_folder.empty_model(config, "cpu")
+    last = torch.load(run / "seed0-c-plain" / "last.pt", weights_only=True)["last"]
+    model.load_state_dict(last["global_state"])
+    assert len(shown) == 5
+    for file, mask in zip(sorted(images.iterdir()), shown):
+        pixels, _ = data.read_file(file)
+        seen = data.network_input(file, pixels, config["settings"]["size"], 1, "images")
+        logits = model.eval()(torch.from_numpy(seen))
+        expected, _ = data.at_own_size(logits.detach().softmax(dim=1), (20, 24))
+        assert (mask == expected).mean() > 0.99  # another batch rounds otherwise
+
+
+def test_outlines_of_both_masks_in_an_overlay(tmp_path):
+    by_global = np.zeros((3, 20, 20), dtype=np.uint8)
+    mask = by_global.copy()
+    by_global[1, 4:8, 4:8] = 1
+    mask[2, 10:16, 10:16] = 1
+    pixels = np.zeros((3, 20, 20, 1), dtype=np.float32)
+    file = tmp_path / "overlay.png"
+    adapt_folder.draw_overlay(pixels, by_global, mask, file)
+    drawn = np.asarray(Image.open(file))
+    assert drawn.shape[1] == 2 * (20 + 4)  # the first slice is empty in both
+    orange = (drawn == train.ORANGE).all(axis=2)
+    blue = (drawn == train.BLUE).all(axis=2)
+    assert orange[:, :24].any() and not orange[:, 24:].any()
+    assert blue[:, 24:].any() and not blue[:, :24].any()
+
+
 def test_what_was_adapted_is_applied_again(folder_run, tmp_path, capsys):
     sites, run = folder_run
     images, first, again = sites / "c" / "images", tmp_path / "first", tmp_path / "again"
@@ -4422,7 +4471,7 @@ def test_no_half_mask_is_left_on_a_full_disk(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(os, "fsync", full)
     volume = tmp_path / "A/Case00.nii.gz"
     with pytest.raises(SystemExit):
-        adapt_folder.write_mask(volume, None, np.ones((5, 20, 24), np.uint8), tmp_path / "out")
+        adapt_folder.write_mask(volume, np.ones((5, 20, 24), np.uint8), tmp_path / "out")
     assert "Case00.nii.gz: cannot be written (No space left" in capsys.readouterr().err
     assert not list((tmp_path / "out/masks").iterdir())
 

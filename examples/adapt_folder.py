@@ -7,8 +7,9 @@
 
 RUN is the folder of a run or of one of its federations (seed…-plain), or the DIR of an earlier
 call, whose network is then applied as it is. IMAGES holds images or NIfTI volumes of the kind that
-RUN was trained on. DIR gets masks/ at the files' own sizes, overlays/, routing.png (what routing
-chose, by layer), adapted.json and adapted.pt. Exit status 1: a file was left out.
+RUN was trained on. DIR gets masks/ at the files' own sizes, overlays/ (outlines of the masks in
+blue, in orange what the global model says), routing.png (what routing chose, by layer),
+adapted.json and adapted.pt. Exit status 1: an image was left out.
 """
 
 import argparse
@@ -60,6 +61,7 @@ def run(args: argparse.Namespace) -> int:
         routed, probabilities = adapt(trained, images, args.online)
         overlaps = overlap_with_a_view(routed, images, probabilities)  # (N, 2)
         weights = train.mean_routing(routed, images)
+        by_global = global_model(trained, images, probabilities)
     train.draw_heat_map(weights, trained.experts, out / "routing.png")
     train.save(out / "adapted.pt", iopfl.snapshot(routed))
 
@@ -70,7 +72,9 @@ def run(args: argparse.Namespace) -> int:
         pixels, affine = data.read_file(file)  # (n, H, W, channels)
         own_size = pixels.shape[1:3]
         mask, maps = data.at_own_size(probabilities[start:end], own_size)
-        write_mask(file, pixels, mask, out)
+        global_mask, _ = data.at_own_size(by_global[start:end], own_size)
+        write_mask(file, mask, out)
+        draw_overlay(pixels, global_mask, mask, out / "overlays" / f"{data.stem(file)}.png")
         if args.probabilities:
             write_probabilities(file, maps, out)
         overlap = overlaps[start:end].sum(dim=0)
@@ -260,6 +264,15 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
 
 
 @torch.no_grad()
+def global_model(trained: Trained, images: Tensor, probabilities: Tensor) -> Tensor:
+    """What the global model says without adaptation, (N, C, H, W). An earlier call has not kept it:
+    then it is `probabilities` again."""
+    if trained.models:
+        return train.probabilities_of(trained.models[-1], images)
+    return probabilities
+
+
+@torch.no_grad()
 def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor:
     """For each image 2 Σ p q and Σ (p² + q²), (N, 2): p and q are the foreground in it and in a
     noisy, turned view. Their quotient, 0 to 1, is the confidence of a mask.
@@ -280,8 +293,8 @@ def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor
 
 
 # ---------------------------------------------------------------- masks out
-def write_mask(file: Path, pixels, mask, out: Path) -> None:
-    """Mask and overlay of an image or volume. pixels: (n, H, W, channels). mask: (n, H, W)."""
+def write_mask(file: Path, mask: np.ndarray, out: Path) -> None:
+    """The mask (n, H, W) of an image or volume, in the folder masks."""
     name = data.stem(file)
     if data.is_volume(file):
         volume = io.BytesIO(data.mask_volume(mask, file))
@@ -290,7 +303,6 @@ def write_mask(file: Path, pixels, mask, out: Path) -> None:
         image = Image.fromarray(mask[0])  # its values are class indices …
         image.putpalette(train.PALETTE)  # … and shown in colours
         train.save_image(image, out / "masks" / f"{name}.png")
-    draw_overlay(pixels, mask, out / "overlays" / f"{name}.png")
 
 
 def write_probabilities(file: Path, maps: np.ndarray, out: Path) -> None:
@@ -317,9 +329,11 @@ def dice_of_file(mask_file: Path, affine, mask, facts: dict) -> dict:
     return row
 
 
-def draw_overlay(pixels: np.ndarray, mask: np.ndarray, file: Path) -> None:
-    """The image with the outline of its mask; of a volume six slices that hold something."""
-    shown = np.flatnonzero(mask.any(axis=(1, 2)))
+def draw_overlay(pixels: np.ndarray, by_global, mask: np.ndarray, file: Path) -> None:
+    """The image with the outlines of its mask and of the global model's, both (n, H, W); of a
+    volume six slices in which one of them holds something."""
+    either = by_global + mask > 0
+    shown = np.flatnonzero(either.any(axis=(1, 2)))
     if len(shown) == 0:
         shown = np.arange(len(mask))
     height, width = mask.shape[1:]
@@ -329,7 +343,7 @@ def draw_overlay(pixels: np.ndarray, mask: np.ndarray, file: Path) -> None:
     cells, titles = [], []
     for number in train.evenly_chosen(shown, 6):
         image = pixels[number].transpose(2, 0, 1)
-        outlines = [(mask[number], train.BLUE)]
+        outlines = [(by_global[number], train.ORANGE), (mask[number], train.BLUE)]
         cell = train.picture(image, outlines, (shown_width, shown_height))
         cells.append(cell)
         titles.append(f"slice {number}")
