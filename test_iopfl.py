@@ -2787,7 +2787,7 @@ def test_no_sites(tmp_path):
 ])
 def test_splits_that_lack_images(tmp_path, counts, part):
     write_split_site(tmp_path, "a", **counts)
-    loading_fails(tmp_path, ["site 'a'", part, "2 or more in train"])
+    loading_fails(tmp_path, ["site 'a'", part, "2 or more in train without"])
 
 
 def test_a_folder_of_val_without_images(tmp_path):
@@ -4045,11 +4045,11 @@ def test_new_methods_outside_are_tried_without_training(copy_of_run, capsys):
 
 
 @pytest.mark.parametrize("words, part", [
-    (["--lr", "0.1"], "only --rounds, --seeds, --methods, --device and --root"),
-    (["--published"], "only --rounds, --seeds, --methods, --device and --root"),
-    (["--size", "32", "--rounds", "3"], "only --rounds, --seeds, --methods, --device and --root"),
-    (["--size", "96"], "only --rounds, --seeds, --methods, --device and --root"),  # the default
-    (["--rounds", "1"], "the run has 2 already"),
+    (["--lr", "0.1"], "--root, --device may be given, not --lr"),
+    (["--published"], "may be given, not --published"),
+    (["--size", "32", "--rounds", "3", "--lr", "1"], "not --lr, --size"),
+    (["--size", "96"], "not --size"),  # the default
+    (["--rounds", "1"], "the run goes to 2 already"),
     (["--methods", "magic"], "magic is unknown"),
 ])
 def test_resume_refuses(copy_of_run, capsys, words, part):
@@ -4151,6 +4151,32 @@ def test_wrong_use_is_one_line_and_leaves_nothing(tmp_path, capsys, monkeypatch,
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("words", [["--resume", ""], ["--root", ""], ["--out", ""]])
+def test_an_empty_word_is_refused(capsys, words):
+    """A variable of the shell that is not set: without this, hospitals would be simulated."""
+    assert call_train(*words) == 2
+    assert "one of the words is empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--task", "prostate"], ["--images-per-site", "60"]])
+def test_words_about_simulated_images_beside_a_root(tmp_path, capsys, words):
+    assert call_train("--root", tmp_path, *words) == 2
+    assert "are of simulated images" in capsys.readouterr().err
+
+
+def test_a_run_of_a_task_that_is_gone(copy_of_run, capsys):
+    file = copy_of_run / "config.json"
+    file.write_text(file.read_text().replace('"task": "prostate"', '"task": "square"'))
+    assert call_train("--resume", copy_of_run) == 1
+    assert "task square is not in data.TASKS" in capsys.readouterr().err
+
+
+def test_output_to_a_stream_that_cannot_be_set_up(monkeypatch):
+    """In a notebook sys.stdout has no `reconfigure`."""
+    monkeypatch.setattr(sys, "stdout", io.StringIO())
+    assert call_train("--size", "0") == 2
+
+
 def test_out_must_be_new_or_empty_and_not_among_the_images(tmp_path, capsys):
     write_site(tmp_path / "images", "a", 4)
     (tmp_path / "notes.txt").write_text("mine")
@@ -4236,7 +4262,7 @@ def test_a_file_in_the_place_of_a_folder_is_told(tmp_path, capsys):
     assert "out/a.json: cannot be written" in capsys.readouterr().err.replace(os.sep, "/")
     with pytest.raises(SystemExit):
         train.load(tmp_path)  # a folder, or a pipe, which would be waited for
-    assert "missing, damaged" in capsys.readouterr().err
+    assert "there is no such file" in capsys.readouterr().err
 
 
 def test_a_federation_without_its_models_is_told(copy_of_run, tmp_path, capsys):
@@ -4360,7 +4386,7 @@ def test_overlays_show_the_global_model_too(folder_run, tmp_path, monkeypatch):
     sites, run = folder_run
     shown = []
     monkeypatch.setattr(adapt_folder, "draw_overlay",
-                        lambda pixels, by_global, mask, file: shown.append(by_global))
+                        lambda pixels, outlines, file: shown.append(outlines))
     images = sites / "c" / "images"
     assert adapt_to(run, images, "--out", tmp_path / "out") == 0
     config = json.loads((run / "config.json").read_text())
@@ -4368,12 +4394,38 @@ def test_overlays_show_the_global_model_too(folder_run, tmp_path, monkeypatch):
     last = torch.load(run / "seed0-c-plain" / "last.pt", weights_only=True)["last"]
     model.load_state_dict(last["global_state"])
     assert len(shown) == 5
-    for file, mask in zip(sorted(images.iterdir()), shown):
+    for file, outlines in zip(sorted(images.iterdir()), shown):
+        (mask, orange), (_, blue) = outlines
+        assert (orange, blue) == (train.ORANGE, train.BLUE)
         pixels, _ = data.read_file(file)
         seen = data.network_input(file, pixels, config["settings"]["size"], 1, "images")
         logits = model.eval()(torch.from_numpy(seen))
         expected, _ = data.at_own_size(logits.detach().softmax(dim=1), (20, 24))
         assert (mask == expected).mean() > 0.99  # another batch rounds otherwise
+
+
+def test_images_behind_the_options_and_masks_in_their_folder(folder_run, tmp_path, monkeypatch):
+    """IMAGES may be the last word, and --masks the same folder in another spelling."""
+    sites, run = folder_run
+    together = tmp_path / "together"
+    shutil.copytree(sites / "c" / "images", together)
+    for file in (sites / "c" / "masks").iterdir():
+        shutil.copy(file, together / f"{file.stem}_segmentation.png")
+    monkeypatch.chdir(tmp_path)
+    assert adapt_to(run, "--out", "out", "--masks", together, "together") == 0
+    rows = adapted_rows(tmp_path / "out")
+    assert len(rows) == 5 and all("Dice class 1" in row for row in rows)
+
+
+def test_masks_that_need_nibabel_are_not_scored(folder_run, tmp_path, monkeypatch, capsys):
+    sites, run = folder_run
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "00.nii.gz").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    words = [sites / "c" / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out"]
+    assert adapt_to(run, *words) == 0
+    assert "not scored: " in capsys.readouterr().err
+    assert len(adapted_rows(tmp_path / "out")) == 5
 
 
 def test_outlines_of_both_masks_in_an_overlay(tmp_path):
@@ -4383,7 +4435,8 @@ def test_outlines_of_both_masks_in_an_overlay(tmp_path):
     mask[2, 10:16, 10:16] = 1
     pixels = np.zeros((3, 20, 20, 1), dtype=np.float32)
     file = tmp_path / "overlay.png"
-    adapt_folder.draw_overlay(pixels, by_global, mask, file)
+    outlines = [(by_global, train.ORANGE), (mask, train.BLUE)]
+    adapt_folder.draw_overlay(pixels, outlines, file)
     drawn = np.asarray(Image.open(file))
     assert drawn.shape[1] == 2 * (20 + 4)  # the first slice is empty in both
     orange = (drawn == train.ORANGE).all(axis=2)
@@ -4399,6 +4452,10 @@ def test_what_was_adapted_is_applied_again(folder_run, tmp_path, capsys):
     assert adapt_to(first, images, "--out", again) == 0
     for file in (first / "masks").iterdir():
         assert file.read_bytes() == (again / "masks" / file.name).read_bytes()
+    for out, has_global in ((first, True), (again, False)):
+        pictures = [np.asarray(Image.open(file)) for file in (out / "overlays").iterdir()]
+        orange = [(picture == train.ORANGE).all(axis=2).any() for picture in pictures]
+        assert any(orange) == has_global
     assert adapt_to(first, images, "--online", "--out", tmp_path / "x") == 2
     assert "leave out --online" in capsys.readouterr().err
 
@@ -4435,6 +4492,7 @@ def test_simulated_images_are_adapted_to(toy_run, tmp_path):
     (["RUN", "--simulated"], "no simulated hospital"),
     (["RUN", "nowhere"], "nowhere: no such folder"),
     (["RUN", "IMAGES", "--mask-values", "0", "1"], "goes with --masks"),
+    (["RUN", "--simulated", "--masks", "IMAGES"], "draws its own masks"),
     (["RUN", "IMAGES", "--masks", "IMAGES", "--mask-values", "0", "1", "2"], "2 classes"),
     (["IMAGES", "IMAGES"], "no finished federation"),
 ])
@@ -4531,7 +4589,47 @@ def test_ablations_of_alpha(tmp_path, capsys):
 def test_ablations_refuse(folder_run, capsys):
     sites, _ = folder_run
     assert call(ablations.main, sites) == 1
-    assert "config.json: missing" in capsys.readouterr().err
+    assert "config.json: there is no such file" in capsys.readouterr().err
+
+
+def test_ablations_of_other_images_are_refused(tmp_path, capsys):
+    for name in "abc":
+        write_site(tmp_path / "sites", name, 5)
+    run = tmp_path / "run"
+    assert call_train("--root", tmp_path / "sites", *TOY_FOLDER, "--out", run) == 0
+    assert call(ablations.main, run, "--variants", "no steps") == 0
+    shutil.copy(tmp_path / "sites/c/masks/00.png", tmp_path / "sites/c/masks/01.png")
+    assert call(ablations.main, run, "--variants", "no steps") == 1
+    assert "the images are not those the run began with" in capsys.readouterr().err
+
+
+def test_ablations_of_two_kinds_or_none(toy_run, tmp_path, capsys):
+    """Runs of both kinds, and words about routing for a run without it, are refused at once."""
+    inside = tmp_path / "inside"
+    assert call_train(*TOY, "--hold-out", "none", "--methods", "iopfl", "--out", inside) == 0
+    capsys.readouterr()
+    assert call(ablations.main, toy_run, inside) == 2
+    assert "different kinds" in capsys.readouterr().err
+    for words in (["--images", "1"], ["--variants", "no steps"]):
+        assert call(ablations.main, inside, *words) == 2
+        output = capsys.readouterr()
+        assert "a hospital outside" in output.err and not output.out
+
+
+def test_ablations_count_a_run_once(toy_run, capsys):
+    assert call(ablations.main, toy_run, toy_run, "--variants", "no steps") == 0
+    assert variants_in(capsys.readouterr().out)["no steps"][4:7] == ["0", "1", "0"]
+
+
+def test_a_federation_on_its_way_to_more_rounds_is_not_used(copy_of_run, tmp_path, capsys):
+    file = copy_of_run / "config.json"
+    config = json.loads(file.read_text())
+    config["settings"]["rounds"] = 4  # as --resume --rounds 4 leaves it when it is interrupted
+    file.write_text(json.dumps(config))
+    assert adapt_to(copy_of_run, "--simulated", "--out", tmp_path / "out") == 1
+    assert "interrupted after round 2" in capsys.readouterr().err
+    assert call(ablations.main, copy_of_run, "--variants", "no steps") == 1
+    assert "interrupted after round 2" in capsys.readouterr().err
 
 
 def test_sign_test_by_hand():

@@ -384,7 +384,8 @@ def prepare_output() -> None:
     """A warning is one line; output appears at once, also of file names that are no text."""
     if sys.stdout is None:  # it was closed
         sys.stdout = open(os.devnull, "w")
-    sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
+    if hasattr(sys.stdout, "reconfigure"):  # in a notebook it has not
+        sys.stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     warnings.showwarning = show_warning
 
 
@@ -412,6 +413,8 @@ def keep_memory() -> None:
 
 def load_dataset(args, seed: int) -> data.DataSet:
     if not args.root:
+        if args.task not in data.TASKS:
+            stop(f"task {args.task} is not in data.TASKS; add it before you go on with the run", 1)
         return data.simulate_sites(args.task, seed, args.size, args.images_per_site)
     try:
         return data.load_folder(args.root, args.size, args.mask_values, seed)
@@ -612,15 +615,12 @@ def distinct(rows: list[dict], key: str) -> list:
 def open_run(args, dataset: data.DataSet) -> Path:
     """The folder of the run, with config.json; of one that goes on the images must be the same."""
     folder = Path(args.resume) if args.resume else new_folder(args)
-    fingerprint = dataset.fingerprint()
     if args.resume:
-        before = load(folder / "config.json", "data")["data"]
-        if before["fingerprint"] != fingerprint:
-            stop(f"{folder}: the images are not those the run began with; start a new run", 1)
+        check_images(folder, dataset)
     facts = dict(vars(dataset))
     del facts["sites"]
     facts["classes"] = dataset.classes
-    facts["fingerprint"] = fingerprint
+    facts["fingerprint"] = dataset.fingerprint()
     settings = dict(vars(args))
     del settings["resume"]
     save(folder / "config.json", {"settings": settings, "data": facts})
@@ -630,6 +630,13 @@ def open_run(args, dataset: data.DataSet) -> Path:
         device = torch.cuda.get_device_name()
     print(f"{len(dataset.sites)} hospitals, {dataset.kind}; on {device}; into {folder}")
     return folder
+
+
+def check_images(folder: Path, dataset: data.DataSet) -> None:
+    """Stop unless these are the images of a run, read with its first seed."""
+    before = load(folder / "config.json", "data")["data"]
+    if before["fingerprint"] != dataset.fingerprint():
+        stop(f"{folder}: the images are not those the run began with; start a new run", 1)
 
 
 def new_folder(args) -> Path:
@@ -702,9 +709,9 @@ def write_whole(file: Path, buffer: io.BytesIO) -> None:
 
 def load(file: Path, *keys: str) -> dict:
     """What `save` wrote, with these keys; nothing in the file is executed."""
+    if not file.is_file():  # a pipe would be waited for
+        stop(f"{file}: there is no such file; name the folder of a run", 1)
     try:
-        if not file.is_file():  # a pipe would be waited for
-            raise ValueError("not a file")
         if file.suffix == ".pt":
             content = torch.load(file, map_location="cpu", weights_only=True)
         else:
@@ -713,7 +720,7 @@ def load(file: Path, *keys: str) -> dict:
             content[key]  # an error if it is missing
         return content
     except Exception as error:  # of many kinds: the archive, its index or a tensor may be wrong
-        problem = f"{file}: missing, damaged or not of train.py ({type(error).__name__})"
+        problem = f"{file}: damaged or not of train.py ({type(error).__name__})"
         stop(f"{problem}; delete it to compute it again, or start a new run", 1)
 
 
@@ -939,7 +946,14 @@ class Parser(argparse.ArgumentParser):
         as_written = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=as_written, allow_abbrev=False)
 
-    def error(self, message: str) -> None:
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuses an empty word: "$FOLDER" is one where that variable is not set."""
+        words = sys.argv[1:] if args is None else args
+        if "" in words:
+            self.error("one of the words is empty")
+        return super().parse_known_args(words, namespace)
+
+    def error(self, message: str) -> NoReturn:
         stop(f"{message}; --help shows all options", 2)
 
 
@@ -978,37 +992,43 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "beside it more --rounds, --seeds, --methods, another --device, or the --root of the same "
         "images elsewhere")
     args = parser.parse_args(argv)
+    nothing = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves what is there
+    given = vars(parser.parse_args(argv, nothing))
+    given = {name: value for name, value in given.items() if value is not None}
+    if args.root and given.keys() & {"task", "images_per_site"}:
+        parser.error("--task and --images-per-site are of simulated images; leave out --root")
     if args.resume:
-        args = settings_of_run(args, argv, parser)
+        args = settings_of_run(args, given, parser)
     fill_in_defaults(args)
     check(args, parser)
     return args
 
 
-MAY_CHANGE = {"rounds", "seeds", "methods", "root", "device"}  # when a run goes on
+MAY_CHANGE = ("rounds", "seeds", "methods", "root", "device")  # when a run goes on
 
 
-def settings_of_run(args, argv: list[str] | None, parser: Parser) -> argparse.Namespace:
-    """The settings of the run in --resume, with what stands beside it on the command line."""
+def settings_of_run(args, given: dict, parser: Parser) -> argparse.Namespace:
+    """The settings of the run in --resume, with the options that are given beside it."""
     folder = Path(args.resume).expanduser()
     saved = load(folder / "config.json", "settings")["settings"]
-    names = vars(args).keys()
-    if saved.keys() != names - {"resume"}:
+    if saved.keys() != vars(args).keys() - {"resume"}:
         stop(f"{folder}: the run is of another version of train.py", 1)
-    empty = argparse.Namespace(**dict.fromkeys(names))  # argparse leaves what is there
-    given = vars(parser.parse_args(argv, empty))
-    given = {name: value for name, value in given.items() if value is not None}
-    if given.keys() - {"resume"} - MAY_CHANGE:
-        parser.error("beside --resume only --rounds, --seeds, --methods, --device and --root may "
-                     "be given")
+    refused = given.keys() - {"resume", *MAY_CHANGE}
+    if refused:
+        parser.error(f"beside --resume only {as_options(MAY_CHANGE)} may be given, "
+                     f"not {as_options(sorted(refused))}")
     if given.get("rounds", saved["rounds"]) < saved["rounds"]:
-        parser.error(f"--rounds: the run has {saved['rounds']} already")
+        parser.error(f"--rounds: the run goes to {saved['rounds']} already")
     if "ditto" in named_methods(given.get("methods", [])) and "ditto" not in saved["methods"]:
         parser.error("--methods: ditto has models from the first round on; start a new run")
     for name in ("seeds", "methods"):
         given[name] = saved[name] + given.get(name, [])
     settings = saved | given | {"resume": str(folder)}
     return argparse.Namespace(**settings)
+
+
+def as_options(names) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in names)
 
 
 def fill_in_defaults(args) -> None:
@@ -1050,7 +1070,7 @@ def check(args, parser: Parser) -> None:
     """One line and exit status 2 where an option makes no sense."""
     for name in ("size", "rounds", "local_epochs", "batch_size", "width", "depth", "threads"):
         if getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} must be at least 1")
+            parser.error(f"{as_options([name])} must be at least 1")
     if args.images_per_site < 4:
         parser.error("--images-per-site must be at least 4: two train, one validates, one tests")
     if args.size <= 2**args.depth:
@@ -1086,7 +1106,9 @@ def check_out(out: Path, root: str | None, parser: Parser) -> None:
     if root and out.is_relative_to(root):
         parser.error(f"--out {out} lies among the images")
     if out.is_file() or out.is_dir() and any(out.iterdir()):
-        parser.error(f"--out {out}: not empty; name another (train.py can go on: --resume {out})")
+        is_run = (out / "config.json").exists()
+        or_go_on = f", or go on with the run in it: --resume {out}" if is_run else ""
+        parser.error(f"--out {out}: not empty; name another folder{or_go_on}")
 
 
 if __name__ == "__main__":

@@ -14,12 +14,14 @@ and losses; p of the sign test.
 
 import argparse
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+import data
 import iopfl
 import router
 import train
@@ -68,58 +70,106 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run of train.py")
     parser.add_argument("--variants", nargs="+", metavar="NAME", help="of routing (all)")
     parser.add_argument("--images", type=int, help="adapt to so many at a time (to all at once)")
-    words = parser.parse_args(argv)
-    names = words.variants or list(ROUTING)
-    for name in names:
+    args = parser.parse_args(argv)
+    for name in args.variants or []:
         if name not in ROUTING:
             parser.error(f"--variants: {name} is unknown; known are {', '.join(ROUTING)}")
-    if words.images is not None and words.images < 1:
+    if args.images is not None and args.images < 1:
         parser.error("--images must be at least 1")
-    scores = {}  # by variant: the mean Dice of each hospital and seed
-    reference = None
-    for run in words.runs:
-        config = train.load(Path(run) / "config.json", "settings")
-        args = argparse.Namespace(**config["settings"])
-        args.device = "cuda" if torch.cuda.is_available() else "cpu"
-        train.prepare_torch(args)
-        for folder in sorted(Path(run).glob("seed*-plain")):
-            if not (folder / "rows.json").exists():
-                continue
-            print(folder)
-            result = train.load(folder / "rows.json", "seed", "hold_out")
-            dataset = train.load_dataset(args, result["seed"])
-            if result["hold_out"] is None:
-                variants = vary_alpha(args, dataset, result["seed"])
-                own_reference = f"α {args.alpha}"
-            else:
-                models = list(load_models(folder, config, args.device).values())
-                variants = vary_routing(args, dataset, result, models, names, words.images)
-                own_reference = names[0]
-            if reference not in (None, own_reference):
-                parser.error("these runs are of different kinds; name them one at a time")
-            reference = own_reference
-            for name, values in variants.items():
-                scores.setdefault(name, []).extend(values)
-    if not scores:
+    try:
+        run(args, parser)
+    except KeyboardInterrupt:
+        train.stop("interrupted", 130)
+    except FloatingPointError as error:  # training has diverged
+        train.stop(str(error), 1)
+
+
+def run(args: argparse.Namespace, parser: train.Parser) -> None:
+    """Compute all variants on each federation of the runs, and print the table."""
+    names = args.variants or list(ROUTING)
+    federations = []
+    for folder in dict.fromkeys(Path(run).resolve() for run in args.runs):
+        federations += open_federations(folder)
+    if not federations:
         train.stop("no finished federation seed…-plain in these runs", 2)
-    print_table(scores, reference)
+    references = set()
+    for federation in federations:
+        inside = federation.hold_out is None
+        references.add(f"α {federation.settings.alpha}" if inside else names[0])
+        if inside and (args.variants or args.images):
+            parser.error("--variants and --images are for runs with a hospital outside")
+    if len(references) > 1:
+        parser.error("these runs are of different kinds; name them one at a time")
+
+    scores = {}  # by variant: the mean Dice of each hospital and seed
+    for federation in federations:
+        print(federation.folder)
+        train.prepare_torch(federation.settings)
+        dataset = federation.dataset()
+        if federation.hold_out is None:
+            variants = vary_alpha(federation.settings, dataset, federation.seed)
+        else:
+            variants = vary_routing(federation, dataset, names, args.images)
+        for name, values in variants.items():
+            scores.setdefault(name, []).extend(values)
+    print_table(scores, references.pop())
+
+
+@dataclass
+class Federation:
+    """A finished federation, the only one of its seed and hospital outside that can be routed."""
+
+    folder: Path
+    config: dict  # of its run
+    settings: argparse.Namespace  # of its run, on this machine
+    seed: int
+    hold_out: str | None
+
+    def models(self) -> list[nn.Module]:
+        return list(load_models(self.folder, self.config, self.settings.device).values())
+
+    def dataset(self) -> data.DataSet:
+        """Its images; those of the run's first seed must be what they were."""
+        dataset = train.load_dataset(self.settings, self.seed)
+        first_seed = self.settings.seeds[0]
+        if self.seed == first_seed:
+            train.check_images(self.folder.parent, dataset)
+        return dataset
+
+
+def open_federations(run: Path) -> list[Federation]:
+    """All finished federations of a run whose models can be routed."""
+    config = train.load(run / "config.json", "settings", "data")
+    settings = argparse.Namespace(**config["settings"])
+    settings.device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings.methods = ["iopfl"]  # Ditto's models need not be trained
+    found = []
+    for folder in sorted(run.glob("seed*-plain")):
+        if (folder / "rows.json").exists():
+            result = train.load(folder / "rows.json", "seed", "hold_out")
+            seed, hold_out = result["seed"], result["hold_out"]
+            found.append(Federation(folder, config, settings, seed, hold_out))
+    return found
 
 
 # ---------------------------------------------------------------- outside
-def vary_routing(args, dataset, result: dict, models: list, names: list[str],
+def vary_routing(federation: Federation, dataset, names: list[str],
                  images_at_a_time: int | None) -> dict[str, list[float]]:
     """By variant of routing, and for the global model, the mean Dice on the hospital held out."""
-    site = next(site for site in dataset.sites if site.name == result["hold_out"])
-    split = site.everything.to(args.device)
+    settings = federation.settings
+    models = federation.models()
+    site = next(site for site in dataset.sites if site.name == federation.hold_out)
+    split = site.everything.to(settings.device)
     images = split.images.float()
     parts = images.split(images_at_a_time or len(images))
     scores = {}
     for name in [*names, GLOBAL]:
-        with train.autocast(args.device, args.precision):
+        with train.autocast(settings.device, settings.precision):
             if name == GLOBAL:
                 predicted = [train.probabilities_of(models[-1], images)]
             else:
-                predicted = [route(models, part, result["seed"], **ROUTING[name]) for part in parts]
+                variant = ROUTING[name]
+                predicted = [route(models, part, federation.seed, **variant) for part in parts]
         prediction = torch.cat(predicted).argmax(dim=1)
         rows = iopfl.evaluate(
             prediction, split.masks, split.cases, dataset.structures, site.spacing,
@@ -144,10 +194,11 @@ def route(
     seen = router.in_batches(images, routing_settings.batch_size)[0] if online else images
     options = {"online": online}
     if experts != "all" or not factor:  # u needs all models; the factor is left out by hand
-        n = len(router.some_of_all(seen))
-        prior_images = router.PRIOR_IMAGES if factor else 0
-        rule = router.site_share(models, router.divergence(models[-1], seen))
-        options["share"] = rule * n / (n + prior_images)
+        share = router.site_share(models, router.divergence(models[-1], seen))
+        if factor:
+            n = len(router.some_of_all(seen))
+            share = share * n / (n + router.PRIOR_IMAGES)
+        options["share"] = share
     if experts == "global":
         models = models[-1:]
     if experts == "personal":
@@ -196,7 +247,7 @@ def mean_dice(rows: list[dict]) -> float:
 
 
 def print_table(scores: dict[str, list[float]], reference: str) -> None:
-    print(f"\nagainst {reference:18}   Dice    mean   least    most  wins  ties  losses       p")
+    print(f"\nagainst {reference:19}  Dice    mean   least    most  wins  ties  losses       p")
     for name, values in scores.items():
         gains = 100 * (np.array(values) - scores[reference])
         wins = int((gains >= 0.1).sum())

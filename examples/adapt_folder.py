@@ -8,8 +8,8 @@
 RUN is the folder of a run or of one of its federations (seed…-plain), or the DIR of an earlier
 call, whose network is then applied as it is. IMAGES holds images or NIfTI volumes of the kind that
 RUN was trained on. DIR gets masks/ at the files' own sizes, overlays/ (outlines of the masks in
-blue, in orange what the global model says), routing.png (what routing chose, by layer),
-adapted.json and adapted.pt. Exit status 1: an image was left out.
+blue and, where RUN is a run, of the global model's in orange), routing.png (what routing chose, by
+layer), adapted.json and adapted.pt. Exit status 1: an image was left out.
 """
 
 import argparse
@@ -61,31 +61,33 @@ def run(args: argparse.Namespace) -> int:
         routed, probabilities = adapt(trained, images, args.online)
         overlaps = overlap_with_a_view(routed, images, probabilities)  # (N, 2)
         weights = train.mean_routing(routed, images)
-        by_global = global_model(trained, images, probabilities)
+        by_global = None  # an earlier call's network is at hand as a whole only
+        if trained.models:
+            by_global = train.probabilities_of(trained.models[-1], images)
     train.draw_heat_map(weights, trained.experts, out / "routing.png")
     train.save(out / "adapted.pt", iopfl.snapshot(routed))
 
     rows = []
     start = 0
     for (file, mask_file), seen in zip(pairs, inputs):
-        end = start + len(seen)  # a volume has an input for each of its slices
+        part = slice(start, start + len(seen))  # a volume has an input for each of its slices
+        start += len(seen)
         pixels, affine = data.read_file(file)  # (n, H, W, channels)
         own_size = pixels.shape[1:3]
-        mask, maps = data.at_own_size(probabilities[start:end], own_size)
-        global_mask, _ = data.at_own_size(by_global[start:end], own_size)
+        mask, maps = data.at_own_size(probabilities[part], own_size)
+        outlines = [(mask, train.BLUE)]
+        if by_global is not None:
+            unadapted = data.at_own_size(by_global[part], own_size)[0]
+            outlines.insert(0, (unadapted, train.ORANGE))
         write_mask(file, mask, out)
-        draw_overlay(pixels, global_mask, mask, out / "overlays" / f"{data.stem(file)}.png")
+        draw_overlay(pixels, outlines, out / "overlays" / f"{data.stem(file)}.png")
         if args.probabilities:
             write_probabilities(file, maps, out)
-        overlap = overlaps[start:end].sum(dim=0)
-        shared, size = overlap.tolist()
-        confidence = shared / max(size, 1e-6)
-        foreground = float((mask > 0).mean())
-        row = {"file": file.name, "foreground": foreground, "confidence": confidence}
+        row = {"file": file.name, "foreground": float((mask > 0).mean())}
+        row["confidence"] = confidence(overlaps[part])
         if mask_file:
             row |= dice_of_file(mask_file, affine, mask, facts)
         rows.append(row)
-        start = end
     report(rows, weights, trained, out)
     print(f"{len(pairs)} files, {left_out} left out. Masks and overlays: {out}")
     return left_out
@@ -174,6 +176,9 @@ def load_models(federation: Path, config: dict, device: str) -> dict:
     progress = train.load_progress(federation / "last.pt")
     if progress.last is None:
         train.stop(f"{federation}/last.pt is missing", 1)
+    if progress.last.number < config["settings"]["rounds"]:
+        train.stop(f"{federation}: interrupted after round {progress.last.number}; go on by "
+                   "train.py --resume", 1)
     return train.routed_models(empty_model(config, device), progress)
 
 
@@ -186,12 +191,10 @@ def routing_settings(config: dict) -> router.RoutingSettings:
 # ---------------------------------------------------------------- images in
 def draw_simulated(trained: Trained, out: Path) -> tuple[str, str]:
     """New images of the run's own hospital outside as PNG files; their folder, and the masks'."""
-    settings = trained.config["settings"]
     if trained.config["data"]["kind"] != "simulated" or trained.hold_out is None:
         train.stop("--simulated: the run has no simulated hospital outside", 2)
-    seed = trained.seed + 1000  # other images than the run's
-    dataset = data.simulate_sites(
-        settings["task"], seed, settings["size"], settings["images_per_site"])
+    settings = argparse.Namespace(**trained.config["settings"])
+    dataset = train.load_dataset(settings, trained.seed + 1000)  # other images than the run's
     site = next(site for site in dataset.sites if site.name == trained.hold_out)
     split = site.everything
     for number, case in enumerate(split.cases):
@@ -224,11 +227,11 @@ def read_images(images: str, masks: str | None, config: dict) -> tuple:
     mask_folder = Path(masks) if masks else None
     try:
         every = data.pair_up(Path(images), mask_folder)
+        used = {path for pair in every for path in pair}
+        for folder in {images, masks or images}:
+            data.report_left_out(Path(folder), used)
     except (ValueError, OSError) as error:  # two files of one name, a folder that is locked
         train.stop(str(error), 1)
-    used = {path for pair in every for path in pair}
-    for folder in {images, masks or images}:
-        data.report_left_out(Path(folder), used)
     pairs, inputs = [], []
     for file, mask_file in every:
         try:
@@ -264,18 +267,9 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
 
 
 @torch.no_grad()
-def global_model(trained: Trained, images: Tensor, probabilities: Tensor) -> Tensor:
-    """What the global model says without adaptation, (N, C, H, W). An earlier call has not kept it:
-    then it is `probabilities` again."""
-    if trained.models:
-        return train.probabilities_of(trained.models[-1], images)
-    return probabilities
-
-
-@torch.no_grad()
 def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor:
     """For each image 2 Σ p q and Σ (p² + q²), (N, 2): p and q are the foreground in it and in a
-    noisy, turned view. Their quotient, 0 to 1, is the confidence of a mask.
+    noisy, turned view.
     """
     batch_size = routed.settings.batch_size
     generator = train.new_generator(0, images.device)
@@ -290,6 +284,12 @@ def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor
         size = (p**2 + q**2).sum(dim=(1, 2))
         overlaps.append(torch.stack([shared, size], dim=1))
     return torch.cat(overlaps)
+
+
+def confidence(overlaps: Tensor) -> float:
+    """Of one mask, 0 to 1, from `overlap_with_a_view` of its images, (n, 2)."""
+    shared, size = overlaps.sum(dim=0).tolist()
+    return shared / max(size, 1e-6)
 
 
 # ---------------------------------------------------------------- masks out
@@ -318,7 +318,7 @@ def dice_of_file(mask_file: Path, affine, mask, facts: dict) -> dict:
     kind, values, classes = facts["kind"], facts["mask_values"], facts["classes"]
     try:
         truth = data.read_mask(mask_file, mask.shape, kind, values, affine, classes)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         train.show_warning(f"not scored: {error}")
         return {}
     row = {}
@@ -329,25 +329,29 @@ def dice_of_file(mask_file: Path, affine, mask, facts: dict) -> dict:
     return row
 
 
-def draw_overlay(pixels: np.ndarray, by_global, mask: np.ndarray, file: Path) -> None:
-    """The image with the outlines of its mask and of the global model's, both (n, H, W); of a
-    volume six slices in which one of them holds something."""
-    either = by_global + mask > 0
-    shown = np.flatnonzero(either.any(axis=(1, 2)))
+def draw_overlay(pixels: np.ndarray, outlines: list[tuple], file: Path) -> None:
+    """The image with the outlines of masks; of a volume six slices in which one holds something.
+
+    outlines: pairs of masks (n, H, W) and a colour; the last lies on top.
+    """
+    held = np.zeros(len(pixels), dtype=bool)
+    for masks, _ in outlines:
+        held |= masks.any(axis=(1, 2))
+    shown = np.flatnonzero(held)
     if len(shown) == 0:
-        shown = np.arange(len(mask))
-    height, width = mask.shape[1:]
+        shown = np.arange(len(pixels))
+    height, width = pixels.shape[1:3]
     scale = min(1, 480 / max(height, width))
     shown_width = max(1, round(width * scale))
     shown_height = max(1, round(height * scale))
     cells, titles = [], []
     for number in train.evenly_chosen(shown, 6):
         image = pixels[number].transpose(2, 0, 1)
-        outlines = [(by_global[number], train.ORANGE), (mask[number], train.BLUE)]
-        cell = train.picture(image, outlines, (shown_width, shown_height))
+        of_slice = [(masks[number], colour) for masks, colour in outlines]
+        cell = train.picture(image, of_slice, (shown_width, shown_height))
         cells.append(cell)
         titles.append(f"slice {number}")
-    if len(mask) == 1:
+    if len(pixels) == 1:
         titles = []
     train.draw_grid([cells], labels=[""], titles=titles, file=file)
 
@@ -364,9 +368,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--online", action="store_true", help="one step a batch, in order")
     add("--probabilities", action="store_true", help="write them too, as numpy files")
     add("--simulated", action="store_true", help="draw new images of the run's hospital outside")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)  # IMAGES may stand behind the options
     if (args.images is None) != args.simulated:
         parser.error("name a folder of images, or else say --simulated")
+    if args.simulated and args.masks:
+        parser.error("--simulated draws its own masks; leave out --masks")
     if args.mask_values and not args.masks:
         parser.error("--mask-values goes with --masks")
     for folder in (args.run, args.images, args.masks):
@@ -374,9 +380,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{folder}: no such folder")
     if args.online and (Path(args.run) / "adapted.json").exists():
         parser.error(f"{args.run} was adapted before and is used as it is; leave out --online")
-    args.out = str(Path(args.out).expanduser().resolve())
-    images = args.images and str(Path(args.images).resolve())
-    train.check_out(Path(args.out), images, parser)
+    for name in ("images", "masks", "out"):
+        if getattr(args, name):
+            path = Path(getattr(args, name)).expanduser()
+            setattr(args, name, str(path.resolve()))
+    train.check_out(Path(args.out), args.images, parser)
     return args
 
 

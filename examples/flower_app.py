@@ -55,7 +55,7 @@ try:
     from flwr.serverapp.strategy import FedAvg
     from flwr.simulation import run_simulation
 except ImportError:
-    train.stop("Flower is missing; pip install 'flwr[simulation]'", 1)
+    train.stop("Flower is missing or too old; pip install -U 'flwr[simulation]'", 1)
 
 TASK, SIZE, IMAGES_PER_SITE = "prostate", 32, 12
 HOSPITALS = 3
@@ -70,7 +70,8 @@ def new_model() -> UNet:
 
 
 def hospital(number: int) -> data.Site:
-    """The images of a hospital. Replace this by `data.load_folder` for real ones."""
+    """The images of a hospital. Replace this by `data.load_folder` for real ones, and in
+    `new_model` the channels and classes."""
     dataset = data.simulate_sites(TASK, SEED, SIZE, IMAGES_PER_SITE, HOSPITALS)
     return dataset.sites[number]
 
@@ -169,7 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     run_simulation(server_app(out), client_app(out), num_supernodes=HOSPITALS)
     if not (out / "global.pt").exists():
         train.stop("the federation has not come to its end; Flower's messages say why", 1)
-    print(f"The global model and {HOSPITALS} personalised ones: {out}")
+    personal = list(out.glob("personal-*.pt"))
+    print(f"The global model and {len(personal)} personalised ones: {out}")
 
 
 if __name__ == "__main__":
