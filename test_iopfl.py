@@ -4438,11 +4438,12 @@ def test_outlines_of_both_masks_in_an_overlay(tmp_path):
     outlines = [(by_global, train.ORANGE), (mask, train.BLUE)]
     adapt_folder.draw_overlay(pixels, outlines, file)
     drawn = np.asarray(Image.open(file))
-    assert drawn.shape[1] == 2 * (20 + 4)  # the first slice is empty in both
+    width = 480 + 4
+    assert drawn.shape[1] == 2 * width  # the first slice is empty in both
     orange = (drawn == train.ORANGE).all(axis=2)
     blue = (drawn == train.BLUE).all(axis=2)
-    assert orange[:, :24].any() and not orange[:, 24:].any()
-    assert blue[:, 24:].any() and not blue[:, :24].any()
+    assert orange[:, :width].any() and not orange[:, width:].any()
+    assert blue[:, width:].any() and not blue[:, :width].any()
 
 
 def test_what_was_adapted_is_applied_again(folder_run, tmp_path, capsys):

@@ -341,7 +341,7 @@ def draw_overlay(pixels: np.ndarray, outlines: list[tuple], file: Path) -> None:
     if len(shown) == 0:
         shown = np.arange(len(pixels))
     height, width = pixels.shape[1:3]
-    scale = min(1, 480 / max(height, width))
+    scale = 480 / max(height, width)
     shown_width = max(1, round(width * scale))
     shown_height = max(1, round(height * scale))
     cells, titles = [], []
