@@ -92,14 +92,9 @@ def run(args: argparse.Namespace, parser: train.Parser) -> None:
         federations += open_federations(folder)
     if not federations:
         train.stop("no finished federation seed…-plain in these runs", 2)
-    references = set()
-    for federation in federations:
-        inside = federation.hold_out is None
-        references.add(f"α {federation.settings.alpha}" if inside else names[0])
-        if inside and (args.variants or args.images):
-            parser.error("--variants and --images are for runs with a hospital outside")
-    if len(references) > 1:
-        parser.error("these runs are of different kinds; name them one at a time")
+    reference = common_reference(federations, names, parser)
+    if reference not in names and (args.variants or args.images):
+        parser.error("--variants and --images are for runs with a hospital outside")
 
     scores = {}  # by variant: the mean Dice of each hospital and seed
     for federation in federations:
@@ -112,7 +107,18 @@ def run(args: argparse.Namespace, parser: train.Parser) -> None:
             variants = vary_routing(federation, dataset, names, args.images)
         for name, values in variants.items():
             scores.setdefault(name, []).extend(values)
-    print_table(scores, references.pop())
+    print_table(scores, reference)
+
+
+def common_reference(federations: list["Federation"], names: list[str], parser) -> str:
+    """The variant that the others are compared with; refuses runs that have not the same."""
+    references = set()
+    for federation in federations:
+        inside = federation.hold_out is None
+        references.add(f"α {federation.settings.alpha}" if inside else names[0])
+    if len(references) > 1:
+        parser.error("these runs are of different kinds; name them one at a time")
+    return references.pop()
 
 
 @dataclass
