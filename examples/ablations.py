@@ -25,7 +25,7 @@ import data
 import iopfl
 import router
 import train
-from examples.adapt_folder import load_models
+from examples.adapt_folder import finished_federations, load_models
 
 # Changes of the settings, of where routing starts (`fit`), of what is routed, or of the order.
 ROUTING = {
@@ -137,8 +137,7 @@ class Federation:
     def dataset(self) -> data.DataSet:
         """Its images; those of the run's first seed must be what they were."""
         dataset = train.load_dataset(self.settings, self.seed)
-        first_seed = self.settings.seeds[0]
-        if self.seed == first_seed:
+        if self.seed == self.settings.seeds[0]:
             train.check_images(self.folder.parent, dataset)
         return dataset
 
@@ -150,11 +149,10 @@ def open_federations(run: Path) -> list[Federation]:
     settings.device = "cuda" if torch.cuda.is_available() else "cpu"
     settings.methods = ["iopfl"]  # Ditto's models need not be trained
     found = []
-    for folder in sorted(run.glob("seed*-plain")):
-        if (folder / "rows.json").exists():
-            result = train.load(folder / "rows.json", "seed", "hold_out")
-            seed, hold_out = result["seed"], result["hold_out"]
-            found.append(Federation(folder, config, settings, seed, hold_out))
+    for folder in finished_federations(run):
+        result = train.load(folder / "rows.json", "seed", "hold_out")
+        seed, hold_out = result["seed"], result["hold_out"]
+        found.append(Federation(folder, config, settings, seed, hold_out))
     return found
 
 

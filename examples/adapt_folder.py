@@ -151,12 +151,16 @@ def open_adapted(folder: Path, device: str) -> Trained:
     return trained
 
 
+def finished_federations(run: Path) -> list[Path]:
+    """The federations of a run whose models can be routed; a folder of one is that one."""
+    folders = [run, *sorted(run.glob("seed*"))]
+    plain = [folder for folder in folders if folder.name.endswith("-plain")]
+    return [folder for folder in plain if (folder / "rows.json").exists()]
+
+
 def find_federation(run: Path) -> Path:
-    """The one finished federation of a run whose models can be routed."""
-    finished = []
-    for folder in [run, *sorted(run.glob("seed*"))]:
-        if folder.name.endswith("-plain") and (folder / "rows.json").exists():
-            finished.append(folder)
+    """The only one of them."""
+    finished = finished_federations(run)
     if not finished:
         train.stop(f"{run}: no finished federation seed…-plain of train.py", 2)
     if len(finished) > 1:
