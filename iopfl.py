@@ -1,13 +1,13 @@
 """Inside the federation: local training, averaging, personalised models, metrics (M1, M2, M3, M9).
 
 Imports torch and numpy only, so that it can be copied into another project. The numbers M1 … M9
-are those of README.md.
+are those of README.md. What is refused stands at the end, behind the equations.
 """
 
 import copy
 import math
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -25,15 +25,11 @@ def soft_dice_loss(logits: Tensor, target: Tensor, smooth: float = 1e-5) -> Tens
     indices. As in the published code the sums run over the whole batch. Returns a scalar in [0, 1].
     Raises ValueError where the shapes do not fit.
     """
-    images, classes, *sides = logits.shape
-    if target.shape != (images, *sides):
-        raise ValueError(
-            f"soft_dice_loss: a target {tuple(target.shape)} for logits {tuple(logits.shape)}; "
-            f"class indices {(images, *sides)} are expected, without an axis of channels")
+    check_target(logits, target)
     # bfloat16 is too coarse for sums over many pixels; float64 may stay.
     dtype = torch.promote_types(logits.dtype, torch.float32)
     probabilities = logits.to(dtype).softmax(dim=1)
-    truth = nn.functional.one_hot(target.long(), classes)
+    truth = nn.functional.one_hot(target.long(), num_classes=logits.shape[1])
     truth = truth.movedim(-1, 1)  # (N, C, H, W)
     all_but_classes = (0, *range(2, logits.ndim))
     overlap = (probabilities * truth).sum(dim=all_but_classes)  # (C,)
@@ -59,16 +55,16 @@ def train_local(
     Returns the mean soft Dice loss of the last epoch's batches, without the penalty.
 
     images: (N, C, H, W), or (N, C, D, H, W) of volumes. masks: (N, H, W) or (N, D, H, W) class
-    indices. Both lie on the model's device.
+    indices, of an integer type. Both lie on the model's device.
     generator: on the CPU; it draws the order of the images.
     proximal: the factor μ of the penalty μ/2 · ‖w - anchor‖². The anchor is by default the
     model as it is at the call, which is FedProx.
     As in the published code Adam (amsgrad, no weight decay) begins anew at each call, and images
     are not augmented.
-    Raises ValueError without images or epochs, or for a class that the model does not have.
+    Raises ValueError without images or epochs, for masks that are not whole numbers or hold a class
+    that the model does not have, and for a model that does not return one tensor of logits.
     """
-    if len(images) == 0 or epochs < 1:
-        raise ValueError(f"train_local: {len(images)} images and {epochs} epochs; both must be > 0")
+    check_training(images, masks, epochs)
     highest_class = int(masks.max())
     model.train()
     optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
@@ -86,9 +82,7 @@ def train_local(
         order = torch.randperm(len(images), generator=generator)
         for batch in order.to(images.device).tensor_split(number_of_batches):
             logits = model(images[batch].to(dtype))
-            if highest_class >= logits.shape[1]:
-                raise ValueError(f"train_local: the masks hold class {highest_class}, but the "
-                                 f"model's classes are 0 to {logits.shape[1] - 1}")
+            check_classes(logits, highest_class)
             loss = soft_dice_loss(logits, masks[batch])
             losses.append(loss.detach())
             if proximal:
@@ -115,14 +109,6 @@ def with_state(model: nn.Module, state: State) -> nn.Module:
     return model.eval()
 
 
-def check_finite(state: State, whose: str) -> None:
-    """Raise FloatingPointError, naming the entry, where a value of the state is not finite."""
-    for entry, value in state.items():
-        if not value.isfinite().all():
-            raise FloatingPointError(
-                f"{whose}: '{entry}' is not finite; a lower learning rate may help")
-
-
 # ---------------------------------------------------------------- the method (M1, M2)
 @torch.no_grad()
 def aggregate(states: Sequence[State], weights: Sequence[float]) -> State:
@@ -136,11 +122,8 @@ def aggregate(states: Sequence[State], weights: Sequence[float]) -> State:
     positive and finite, and where a state's entries are not those of the first;
     FloatingPointError where a value is not finite.
     """
+    check_states(states, weights)
     total = float(sum(weights))
-    if len(states) != len(weights) or min(weights, default=0) < 0 or not 0 < total < math.inf:
-        raise ValueError(f"aggregate: {len(states)} states with the weights {list(weights)}")
-    for client, state in enumerate(states):
-        check_alike(states[0], state, f"aggregate: clients 0 and {client}")
     mean: State = {}
     for entry, first in states[0].items():
         values = [state[entry] for state in states]
@@ -152,22 +135,8 @@ def aggregate(states: Sequence[State], weights: Sequence[float]) -> State:
         for value, weight in zip(values, weights):
             average.add_(value, alpha=weight / total)
         mean[entry] = average.to(first.dtype)
-    # A client's value that is not finite makes the mean so; only then the client is looked for.
-    if not all(value.isfinite().all() for value in mean.values()):
-        for client, state in enumerate(states):
-            check_finite(state, f"aggregate: client {client}")
+    check_mean(mean, states)
     return mean
-
-
-def check_alike(first: State, second: State, whose: str) -> None:
-    """Raise ValueError, naming the entry, where two states differ in names, shapes or types."""
-    for entry in first | second:
-        found = []
-        for state in (first, second):
-            value = state.get(entry)
-            found.append("missing" if value is None else f"{tuple(value.shape)} {value.dtype}")
-        if found[0] != found[1]:
-            raise ValueError(f"{whose} differ in '{entry}': {', '.join(found)}")
 
 
 @torch.no_grad()
@@ -176,22 +145,20 @@ def update_personal(personal: State | None, local: State, alpha: float) -> State
 
     personal: p^{t-1}, or None in a client's first round. local: w^t. alpha: in [0, 1]; ours is 0.7,
     the published code's 0.1. Integers come from `local`. Returns new tensors.
+    Raises ValueError for another alpha, and where the entries of the two states differ.
 
     Unrolled this is what the paper describes, global and local updates accumulated (M3, tested):
     with D^s = g^s - g^{s-1} and d^t = w^t - g^{t-1},
     p^T = g^0 + Σ_{s<T} (1-α^{T-s}) D^s + Σ_{t≤T} c_t d^t,
     where c_1 = α^{T-1} and c_t = (1-α) α^{T-t}.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"update_personal: alpha must lie in [0, 1], not {alpha}")
-    if personal is None:
-        personal = local
+    check_accumulation(personal, local, alpha)
     updated: State = {}
     for entry, value in local.items():
-        if value.is_floating_point():
-            updated[entry] = torch.lerp(value, personal[entry], alpha)  # (1-α) w + α p
-        else:
+        if personal is None or not value.is_floating_point():
             updated[entry] = value.clone()
+        else:
+            updated[entry] = alpha * personal[entry] + (1 - alpha) * value  # M2
     return updated
 
 
@@ -200,17 +167,19 @@ def update_personal(personal: State | None, local: State, alpha: float) -> State
 class Training:
     """How the clients of a federation train; the defaults are federated averaging.
 
-    stays: layers that a client takes from its own last model in each round, not from the global
-    one: "none", "batchnorm" (FedBN), "head", which is the last layer (FedPer), or "all", where
-    nothing is shared.
+    personal_layers: layers that a client takes from its own last model in each round, not from the
+    global one: "none", "batchnorm" (FedBN), "head", which is the last layer (FedPer), or "all",
+    where nothing is shared.
     proximal: the pull μ of local training towards the global model (FedProx).
     ditto: None, or Ditto's λ: each client trains a second model beside the shared one, pulled
     towards the global one by λ, and never sends it. The shared models are the same without it.
+    train: what a client does in a round, a function that is called as `train_local` is.
     """
 
-    stays: str = "none"
+    personal_layers: str = "none"
     proximal: float = 0.0
     ditto: float | None = None
+    train: Callable[..., float] = train_local
 
 
 @dataclass
@@ -220,14 +189,13 @@ class Round:
     number: int
     global_state: State  # g^t
     local: dict[str, State]  # w_k^t of the clients that took part in this round
-    kept: dict[str, State]  # the layers that stay, of each client that has ever taken part
-    second: dict[str, State]  # Ditto's second models, likewise
+    personal_layers: dict[str, State]  # of each client that has ever taken part
+    ditto_models: dict[str, State]  # likewise; none without Ditto
     losses: dict[str, float]  # of local training in this round
 
     def model_of(self, client: str) -> State:
-        """The current global model with the layers that this client keeps; if it has never taken
-        part, it keeps none."""
-        return self.global_state | self.kept.get(client, {})
+        """The current global model with the client's personal layers, if it has any."""
+        return self.global_state | self.personal_layers.get(client, {})
 
 
 def federate(
@@ -255,54 +223,55 @@ def federate(
     """
     options = {"epochs": epochs, "batch_size": batch_size, "lr": lr}
     start = snapshot(model)
-    stays = staying_entries(model, training.stays)
-    kept_at_start = {entry: start[entry] for entry in stays}
-    last = after or Round(0, start, local={}, kept={}, second={}, losses={})
+    own_entries = personal_entries(model, training.personal_layers)
+    own_at_start = {entry: start[entry] for entry in own_entries}
+    last = after or Round(0, start, local={}, personal_layers={}, ditto_models={}, losses={})
     for number in range(last.number + 1, rounds + 1):
         local, losses, sizes = {}, {}, []
-        kept = dict(last.kept)
-        second = dict(last.second)
+        personal_layers = dict(last.personal_layers)
+        ditto_models = dict(last.ditto_models)
         for name in draw_clients(list(clients), participation, seed, number):
             images, masks = clients[name].images, clients[name].masks
-            model.load_state_dict(last.global_state | kept.get(name, kept_at_start))
-            losses[name] = train_local(
+            model.load_state_dict(last.global_state | personal_layers.get(name, own_at_start))
+            losses[name] = training.train(
                 model, images, masks, generator=seeded(seed, number, name),
                 proximal=training.proximal, **options)
             local[name] = snapshot(model)  # w_k^t
             check_finite(local[name], f"client {name} in round {number}")
-            kept[name] = {entry: local[name][entry] for entry in stays}
+            personal_layers[name] = {entry: local[name][entry] for entry in own_entries}
             sizes.append(len(images))
             if training.ditto is not None:
-                model.load_state_dict(second.get(name, start))
-                train_local(
+                model.load_state_dict(ditto_models.get(name, start))
+                training.train(
                     model, images, masks, generator=seeded(seed, number, name),
                     proximal=training.ditto, anchor=last.global_state, **options)
-                second[name] = snapshot(model)
-                check_finite(second[name], f"second model of {name} in round {number}")
+                ditto_models[name] = snapshot(model)
+                check_finite(ditto_models[name], f"Ditto's model of {name} in round {number}")
         global_state = aggregate(list(local.values()), sizes)  # g^t (M1)
-        last = Round(number, global_state, local, kept, second, losses)
+        last = Round(number, global_state, local, personal_layers, ditto_models, losses)
         yield last
 
 
-def staying_entries(model: nn.Module, stays: str) -> list[str]:
-    """The entries of the state that `Training.stays` means: BatchNorm is found by its type, the
-    head as the layer whose entries come last."""
+def personal_entries(model: nn.Module, personal_layers: str) -> list[str]:
+    """The entries of the state that `Training.personal_layers` names: BatchNorm is found by its
+    type, the head as the layer whose entries come last."""
     entries = list(model.state_dict())  # such as "head.weight"
-    if stays == "none":
+    if personal_layers == "none":
         return []
-    if stays == "all":
+    if personal_layers == "all":
         return entries
-    if stays == "head":
+    if personal_layers == "head":
         layers = [entries[-1].rpartition(".")[0]]
-    elif stays == "batchnorm":
+    elif personal_layers == "batchnorm":
         layers = []
         for name, module in model.named_modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 layers.append(name)
         if not layers:
-            raise ValueError("stays='batchnorm': the model has no BatchNorm, so nothing would stay")
+            raise ValueError("personal_layers='batchnorm': the model has no BatchNorm")
     else:
-        raise ValueError(f"stays='{stays}' is not none, batchnorm, head or all")
+        raise ValueError(
+            f"personal_layers='{personal_layers}' is not none, batchnorm, head or all")
     return [entry for entry in entries if entry.rpartition(".")[0] in layers]
 
 
@@ -330,18 +299,15 @@ def seeded(seed: int, number: int, client) -> torch.Generator:
 def predict(model: nn.Module, images: Tensor, batch_size: int = 32) -> Tensor:
     """Class indices (N, H, W) of images (N, C, H, W), by `model` in evaluation mode.
 
-    Raises ValueError if it has one output channel, FloatingPointError for logits that are not
-    finite.
+    Raises ValueError if it does not return logits of two channels at least, FloatingPointError for
+    logits that are not finite.
     """
     model.eval()
     dtype = next(model.parameters()).dtype
     classes = []
     for batch in images.split(batch_size):
         logits = model(batch.to(dtype))
-        if logits.shape[1] < 2:
-            raise ValueError("predict: one output channel, of which every pixel's class would be 0")
-        if not logits.isfinite().all():
-            raise FloatingPointError("predict: logits are not finite; training may have diverged")
+        check_prediction(logits)
         classes.append(logits.argmax(dim=1))
     return torch.cat(classes)
 
@@ -363,8 +329,7 @@ def hd95_and_assd(
     ASSD: the mean of both directions' distances pooled. spacing: one positive number an axis.
     Both masks empty: nan. One of them empty: the diagonal of the field of view.
     """
-    if prediction.shape != target.shape or len(spacing) != target.ndim:
-        raise ValueError(f"masks of {prediction.shape} and {target.shape}, spacing {spacing}")
+    check_masks(prediction, target, spacing)
     if not prediction.any() and not target.any():
         return math.nan, math.nan
     if not prediction.any() or not target.any():
@@ -423,15 +388,16 @@ def evaluate(
     Returns a row for each structure. Distances count only cases where prediction or truth is not
     empty; they are None where there is no such case, or with distances=False.
     """
+    check_cases(prediction, masks, cases)
     prediction = prediction.cpu().numpy()
     masks = masks.cpu().numpy()
-    if prediction.shape != masks.shape or len(masks) != len(cases):
-        raise ValueError(f"evaluate: {prediction.shape}, {masks.shape} and {len(cases)} cases")
+    slices_of: dict[str, list[int]] = {}
+    for number, case in enumerate(cases):
+        slices_of.setdefault(case, []).append(number)
     rows = []
     for structure, classes in structures.items():
         scores, lengths = [], []  # of each case; lengths: pairs of HD95 and ASSD
-        for case in dict.fromkeys(cases):
-            slices = [i for i, name in enumerate(cases) if name == case]
+        for case, slices in slices_of.items():
             predicted = np.isin(prediction[slices], list(classes))
             true = np.isin(masks[slices], list(classes))
             if len(slices) == 1 and len(spacing[case]) == 2:  # an image, not a volume
@@ -452,3 +418,94 @@ def evaluate(
         }
         rows.append(row)
     return rows
+
+
+# ---------------------------------------------------------------- what is refused
+def check_target(logits: Tensor, target: Tensor) -> None:
+    images, _, *sides = logits.shape
+    if target.shape != (images, *sides) or target.is_floating_point():
+        raise ValueError(
+            f"soft_dice_loss: a target {tuple(target.shape)}, {target.dtype}, for logits "
+            f"{tuple(logits.shape)}; class indices {(images, *sides)} of an integer type are "
+            "expected, without an axis of channels")
+
+
+def check_training(images: Tensor, masks: Tensor, epochs: int) -> None:
+    if len(images) == 0 or epochs < 1:
+        raise ValueError(f"train_local: {len(images)} images and {epochs} epochs; both must be > 0")
+    if masks.is_floating_point():  # of masks in 0 … 1 the rest would become background
+        raise ValueError(f"train_local: masks of {masks.dtype}; give class indices 0, 1 … of an "
+                         "integer type, such as masks.long()")
+
+
+def check_classes(logits: Tensor, highest_class: int) -> None:
+    check_is_tensor(logits)
+    if highest_class >= logits.shape[1]:
+        raise ValueError(f"train_local: the masks hold class {highest_class}, but the model's "
+                         f"classes are 0 to {logits.shape[1] - 1}")
+
+
+def check_prediction(logits: Tensor) -> None:
+    check_is_tensor(logits)
+    if logits.shape[1] < 2:
+        raise ValueError("predict: one output channel, of which every pixel's class would be 0")
+    if not logits.isfinite().all():
+        raise FloatingPointError("predict: logits are not finite; training may have diverged")
+
+
+def check_is_tensor(logits: Tensor) -> None:
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model returns a {type(logits).__name__}; wrap it in a module that "
+                         "returns its logits (N, C, H, W) alone")
+
+
+def check_states(states: Sequence[State], weights: Sequence[float]) -> None:
+    total = float(sum(weights))
+    if len(states) != len(weights) or min(weights, default=0) < 0 or not 0 < total < math.inf:
+        raise ValueError(f"aggregate: {len(states)} states with the weights {list(weights)}")
+    for client, state in enumerate(states):
+        check_alike(states[0], state, f"aggregate: clients 0 and {client}")
+
+
+def check_mean(mean: State, states: Sequence[State]) -> None:
+    """Name the client whose value is not finite; it made the mean so, which alone is looked at."""
+    if not all(value.isfinite().all() for value in mean.values()):
+        for client, state in enumerate(states):
+            check_finite(state, f"aggregate: client {client}")
+
+
+def check_accumulation(personal: State | None, local: State, alpha: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"update_personal: alpha must lie in [0, 1], not {alpha}")
+    if personal is not None:
+        check_alike(personal, local, "update_personal: the personal and the local state")
+
+
+def check_alike(first: State, second: State, whose: str) -> None:
+    """Raise ValueError, naming the entry, where two states differ in names, shapes or types."""
+    for entry in first | second:
+        found = []
+        for state in (first, second):
+            value = state.get(entry)
+            found.append("missing" if value is None else f"{tuple(value.shape)} {value.dtype}")
+        if found[0] != found[1]:
+            raise ValueError(f"{whose} differ in '{entry}': {', '.join(found)}")
+
+
+def check_finite(state: State, whose: str) -> None:
+    """Raise FloatingPointError, naming the entry, where a value of the state is not finite."""
+    for entry, value in state.items():
+        if not value.isfinite().all():
+            raise FloatingPointError(
+                f"{whose}: '{entry}' is not finite; a lower learning rate may help")
+
+
+def check_masks(prediction: np.ndarray, target: np.ndarray, spacing: Sequence[float]) -> None:
+    if prediction.shape != target.shape or len(spacing) != target.ndim:
+        raise ValueError(f"masks of {prediction.shape} and {target.shape}, spacing {spacing}")
+
+
+def check_cases(prediction: Tensor, masks: Tensor, cases: Sequence[str]) -> None:
+    if prediction.shape != masks.shape or len(masks) != len(cases):
+        raise ValueError(f"evaluate: {tuple(prediction.shape)}, {tuple(masks.shape)} and "
+                         f"{len(cases)} cases")

@@ -8,16 +8,24 @@ unlabelled images.
     fit_to_site(routed, models, images)  # ours; for the published start call check_routed instead
     probabilities = adapt(routed, images, generator=torch.Generator().manual_seed(0))
 
-Part 1 is the method (M4 to M8 of README.md), by the published code where the paper leaves it open.
-Part 2 is ours: where routing starts, whose BatchNorm statistics it uses, and a leash against
-collapse. With PUBLISHED and without `fit_to_site` no line of part 2 runs.
+Part 1 is the method (M4 to M8 of README.md), by the published code where the paper leaves it open:
+the settings, the routed layers, the objective, adaptation, the routed network. Part 2 is ours:
+where routing starts, whose BatchNorm statistics it uses, and a leash against collapse. With
+PUBLISHED and without `fit_to_site` no line of part 2 runs. Part 3 is what is refused, and why.
+
+Convolutions and linear layers have a router each; the norms between them have none. A norm takes
+the weights of the latest layer with a router, which it finds in the `Pass` that all layers of a
+network share while images go through it.
 
 Shapes: N images, M experts (the given networks), C channels or classes; "…" are the spatial axes,
 (H, W) in 2-D and (D, H, W) in 3-D.
 """
 
+from __future__ import annotations
+
 import copy
 import math
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -30,6 +38,8 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.utils.parametrize import is_parametrized
 
 
+# ================================================================ part 1: the method
+# ---------------------------------------------------------------- settings
 @dataclass(frozen=True)
 class RoutingSettings:
     """The defaults are ours; PUBLISHED is the published code. The loss terms are means over pixels:
@@ -58,11 +68,10 @@ PUBLISHED = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics
                             lr=1e-3, passes=10, leash=None)
 
 
-# ================================================================ part 1: the method
 # ---------------------------------------------------------------- the routed layers (M4, M5)
 @dataclass
 class Pass:
-    """What the layers of a routed network share while N images pass through it."""
+    """What the layers of a routed network share while N images go through it."""
 
     settings: RoutingSettings
     dropout: Generator | None  # draws the dropout in the routers; None: no dropout
@@ -94,7 +103,8 @@ class Router(nn.Module):
         if not settings.per_sample:
             hidden = torch.zeros_like(hidden)  # then FC2's bias alone decides, for all images alike
         if dropout is not None and settings.dropout > 0:
-            draws = torch.rand(hidden.shape, generator=dropout, device=x.device)
+            draws = torch.rand(
+                hidden.shape, generator=dropout, device=x.device, dtype=hidden.dtype)
             kept = draws >= settings.dropout
             hidden = hidden * kept / (1 - settings.dropout)
         scores = self.fc2(hidden)  # (N, M)
@@ -114,9 +124,23 @@ def draw_linear(inputs: int, outputs: int, generator) -> nn.Linear:
 
 class Routed(nn.Module):
     """One layer of M frozen experts: each image's parameters are Σ_m r_m(x) θ_m (M5).
+
+    Of a convolution with padding 1 that is a loop over images and experts, which a test compares
+    with this class:
+
+        outputs = []
+        for image in x:  # (C, H, W)
+            r = router(image[None], settings, dropout=None)[0]  # (M,)
+            weight, bias = 0, 0
+            for m, expert in enumerate(experts):
+                weight = weight + r[m] * expert.weight
+                bias = bias + r[m] * expert.bias
+            outputs.append(F.conv2d(image, weight, bias, padding=1))
+        y = torch.stack(outputs)  # (N, C_out, H, W)
+
     Convolutions and linear layers have a router. Other layers (norms, PReLU, a scale) take the
-    weights of the layer with a router that came before, scaled so that they sum to one; what
-    adaptation adds to their parameters is in `delta_weight`, `delta_bias`, …
+    weights of the latest layer with a router, scaled so that they sum to one; what adaptation adds
+    to their parameters is in `delta_weight`, `delta_bias`, …
     The experts' values are stacked in buffers (M, …) of the same names: `weight`, `bias`, …"""
 
     def __init__(self, experts: list, name: str, generator):
@@ -131,7 +155,7 @@ class Routed(nn.Module):
             self.router = Router(last.in_features, -1, M, generator)
         # The layer itself, which computes: emptied, since `mix` gives it each image's values, and
         # in a tuple, in which torch does not look for parameters.
-        empty = copy.deepcopy(last).eval().to("meta")
+        empty = evaluation_copy(last).to("meta")
         self.template = (empty,)
         self.mixed = list(own_values(last))  # the names of what is mixed
         for entry in self.mixed:
@@ -142,19 +166,13 @@ class Routed(nn.Module):
                 delta = nn.Parameter(torch.zeros_like(stack[-1]))
                 self.register_parameter(f"delta_{entry}", delta)
         # Networks read attributes of their layers, such as `in_channels` or `stride`.
-        for attribute, value in vars(last).items():
+        for attribute, value in vars(empty).items():
             if not attribute.startswith("_") and not hasattr(self, attribute):
                 setattr(self, attribute, value)
 
     def routing_weights(self, x: Tensor) -> Tensor:
         """The weights (N, M) by which this layer is mixed."""
         current = self.current
-        if current is None:
-            raise ValueError(f"cannot route '{self.name}' outside a pass: call the routed network, "
-                             "not its `network`, and switch gradient checkpointing off")
-        if len(x) != current.images:
-            raise ValueError(f"cannot route '{self.name}': its batch has {len(x)} entries for "
-                             f"{current.images} images; choose a network without windows")
         if self.router is None:
             return current.weights / current.weights.sum(dim=1, keepdim=True)
         current.weights = self.router(x, current.settings, current.dropout)
@@ -173,12 +191,10 @@ class Routed(nn.Module):
                 parameters[entry] = parameters[entry] + delta
         return parameters
 
-    def forward(self, x: Tensor, *args, **kwargs) -> Tensor:
+    def forward(self, x: Tensor | None = None, *args, **kwargs) -> Tensor:
         """As the layer's own forward, but each of the N images has parameters of its own."""
+        check_call(self, x, [*args, *kwargs.values()])
         device_type = x.device.type
-        if any(isinstance(value, Tensor) for value in [*args, *kwargs.values()]):
-            raise ValueError(f"cannot route '{self.name}': it is given more than one tensor; move "
-                             "its parameters into a layer that is given one")
         with torch.autocast(device_type, enabled=False):  # bfloat16 would be too coarse here
             parameters = self.mix(self.routing_weights(x))
         if torch.is_autocast_enabled(device_type):
@@ -193,8 +209,9 @@ class Routed(nn.Module):
 
         def compute(own: dict[str, Tensor], image: Tensor) -> Tensor:
             """The layer with these parameters, of a batch of one."""
-            layer = self.template[0]
-            return functional_call(layer, own, (image, *args), kwargs)
+            output = functional_call(self.template[0], own, (image, *args), kwargs)
+            check_output(self, output)
+            return output
 
         # vmap makes one grouped convolution of all images' kernels.
         outputs = torch.vmap(compute)(parameters, x.unsqueeze(1))
@@ -219,6 +236,7 @@ class RoutedBatchNorm(Routed):
 
     def forward(self, x: Tensor) -> Tensor:
         """(N, C, …) → the same shape."""
+        check_call(self, x)
         with torch.autocast(x.device.type, enabled=False):
             weights = self.routing_weights(x)
             if not self.current.settings.mix_batchnorm:
@@ -281,263 +299,6 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     return mean, variance
 
 
-# ---------------------------------------------------------------- the routed network
-class RoutedNetwork(nn.Module):
-    """M frozen networks as one, mixed layer by layer and image by image; made by `build_routed`.
-    The experts are buffers. Its parameters are what adaptation moves: the routers, and what is
-    added to the layers without a router. `train` changes nothing; after `settings` was replaced,
-    `keep_start` makes an optimiser of the new learning rate, and what it is then its start.
-    `routing`: the weights (N, M) of the last pass by the names of the layers with a router; of a
-    layer that is called twice, those of its last call. Source: the published code, but for
-    the state that is kept (ours)."""
-
-    def __init__(self, network: nn.Module, experts: int, settings: RoutingSettings):
-        super().__init__()
-        self.network = network
-        self.experts = experts  # M
-        self.settings = settings
-        self.routing = {}
-        self.built = self.snapshot()
-        self.keep_start()
-        self.register_load_state_dict_post_hook(RoutedNetwork.keep_start)
-        self.eval()
-
-    def forward(self, images: Tensor, dropout: Generator | None = None,
-                counting: bool = False) -> Tensor:
-        """Images (N, C_in, …) → logits (N, C, …), C at least 2.
-        dropout: draws the dropout in the routers; None: no dropout.
-        counting: whether BatchNorm counts the images into the site's statistics (part 2)."""
-        device_type = images.device.type
-        in_autocast = torch.is_autocast_enabled(device_type)
-        if in_autocast and torch.get_autocast_dtype(device_type) == torch.float16:
-            raise ValueError("routing overflows in float16; use bfloat16 autocast or float32")
-        all_on_last = torch.zeros(len(images), self.experts, device=images.device)
-        all_on_last[:, -1] = 1
-        current = Pass(self.settings, dropout, counting, len(images), all_on_last,
-                       weights=all_on_last, routing={})
-        layers = self.parts(Routed)
-        for layer in layers:
-            layer.current = current
-        try:
-            logits = logits_of(self.network(images))
-        finally:
-            for layer in layers:
-                layer.current = None  # it would keep the graph of the whole pass
-        self.routing = current.routing
-        return logits
-
-    def probabilities(self, images: Tensor, dropout: Generator | None = None) -> Tensor:
-        """Images (N, C_in, …) → probabilities (N, C, …), in float32 at least."""
-        logits = self(images, dropout)
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        return logits.to(dtype).softmax(dim=1)
-
-    def train(self, mode: bool = True) -> nn.Module:
-        """Stays in evaluation mode: dropout and counting are asked for by name, pass by pass."""
-        return super().train(False)
-
-    def _apply(self, fn, *args):
-        """What `to`, `cuda` or `double` do to any module; Adam's moments go along."""
-        super()._apply(fn, *args)
-        # Loading casts the moments to the devices and types of their parameters.
-        self.optimiser.load_state_dict(self.optimiser.state_dict())
-        return self
-
-    def parts(self, kind: type) -> list:
-        """All its modules of a class, such as RoutedBatchNorm, each once."""
-        return [module for module in self.modules() if isinstance(module, kind)]
-
-    def snapshot(self) -> dict[str, Tensor]:
-        """A copy, by name, of all that may change: the parameters and the site's statistics."""
-        parameters = dict(self.named_parameters())
-        copies = {}
-        for name, value in self.state_dict().items():
-            if name in parameters or ".site_" in name:
-                copies[name] = value.clone()
-        return copies
-
-    @torch.no_grad()
-    def restore(self, snapshot: dict[str, Tensor]) -> None:
-        """Take back the values of a `snapshot`, bit for bit; the optimiser stays as it is."""
-        state = self.state_dict()  # shares memory with the network
-        for name, value in snapshot.items():
-            state[name].copy_(value)
-
-    def keep_start(self, *_) -> None:
-        """What it is now is the start of the leash and of `reset`. load_state_dict calls this."""
-        self.start = self.snapshot()
-        self.optimiser = torch.optim.Adam(self.parameters(), lr=self.settings.lr)
-
-    def reset(self) -> None:
-        """Back to the start, bit for bit: as it was built, fitted or loaded, whichever was last."""
-        self.restore(self.start)
-        self.keep_start()
-
-
-def logits_of(output) -> Tensor:
-    """The logits (N, C, …), C at least 2, in what a network returns: the tensor itself; of a
-    dict, as HuggingFace's outputs are, the entry "logits" or "out", or else the first; of a list or
-    tuple the first. One channel z becomes two, 0 and z, whose softmax is the sigmoid of z.
-    Raises ValueError where these look like a softmax's probabilities, or one channel's sigmoid.
-    Several channels of a sigmoid each are not told from logits, and not meant."""
-    if isinstance(output, dict):
-        first = next(iter(output.values()))
-        return logits_of(output.get("logits", output.get("out", first)))
-    if isinstance(output, (list, tuple)):
-        return logits_of(output[0])
-    if output.shape[1] == 1:
-        all_probable = output.max() <= 1
-    else:
-        all_probable = ((output.sum(dim=1) - 1).abs() <= 0.01).all()
-    if all_probable and output.min() >= 0:
-        raise ValueError("the network returns probabilities; leave out its last softmax or sigmoid")
-    if output.shape[1] == 1:
-        return torch.cat([torch.zeros_like(output), output], dim=1)
-    return output
-
-
-@torch.inference_mode(False)
-def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSettings(),
-                 generator: Generator | None = None) -> RoutedNetwork:
-    """Turn M trained networks of one architecture into one; the models stay as they are.
-    models: personalised ones first, the global one last; on one device, in float32 or float64.
-    Each layer may be of any kind that holds all its parameters itself and is given one tensor with
-    one entry for each image: convolutions and Linear have a router, norms, PReLU and the like
-    follow. generator (CPU) draws the routers; None: torch's own.
-    Raises ValueError, naming the layer, where models differ or one cannot be routed; what only a
-    pass can show is refused by `check_routed`, which `fit_to_site` calls."""
-    models = [getattr(model, "_orig_mod", model) for model in models]  # of torch.compile
-    modules = [dict(model.named_modules()) for model in models]
-    names = dict.fromkeys(name for by_name in modules for name in by_name)  # each once, in order
-    example = next(models[-1].parameters())
-    routed_layers = {}
-    for name in names:
-        experts = [by_name.get(name) for by_name in modules]
-        check_alike(name, experts)
-        if needs_routing(experts[-1]):
-            for layer in experts:
-                refuse_unroutable(name, layer)
-            kind = RoutedBatchNorm if is_batchnorm(experts[-1]) else Routed
-            routed = kind(experts, name, generator)
-            routed_layers[id(experts[-1])] = routed.to(example)  # its device and precision
-    # deepcopy's second argument says, by id, what has been copied already: thus it puts the routed
-    # layers in place of the last model's own, wherever the network refers to them.
-    network = copy.deepcopy(models[-1], routed_layers)
-    return RoutedNetwork(network, len(models), settings)
-
-
-def own_values(layer: nn.Module) -> dict[str, Tensor]:
-    """The parameters and buffers of a layer itself, not of its children; no integers."""
-    tensors = dict(layer.named_parameters(recurse=False))
-    tensors |= dict(layer.named_buffers(recurse=False))
-    values = {}
-    for name, value in tensors.items():
-        if value.is_floating_point():
-            values[name] = value.detach()
-    return values
-
-
-def needs_routing(layer: nn.Module) -> bool:
-    """Whether a layer has parameters besides those of its children, is BatchNorm, or computes
-    otherwise than its class does."""
-    parameters = list(layer.parameters(recurse=False))
-    is_changed = is_parametrized(layer) or "forward" in vars(layer)
-    return bool(parameters) or is_batchnorm(layer) or is_changed
-
-
-def is_batchnorm(layer: nn.Module) -> bool:
-    """InstanceNorm that keeps running statistics is one too: once trained, it uses them alike."""
-    return isinstance(layer, _BatchNorm) or has_running_statistics(layer)
-
-
-def has_running_statistics(layer: nn.Module) -> bool:
-    return isinstance(layer, _NormBase) and layer.running_mean is not None
-
-
-def check_alike(name: str, experts: list) -> None:
-    """Raise ValueError where the models' modules of this name differ, or some have none."""
-    kinds = set()
-    for expert in experts:
-        options = expert.extra_repr() if expert is not None else ""
-        kinds.add(f"{type(expert).__name__}({options})")
-    if len(kinds) > 1:
-        raise ValueError(f"build_routed: the models differ in '{name}': {sorted(kinds)}")
-
-
-def refuse_unroutable(name: str, layer: nn.Module) -> None:
-    """Raise ValueError, with the layer's name and what to do, where it cannot be routed."""
-    parameters = list(layer.parameters(recurse=False))
-    tensors = [*parameters, *layer.buffers(recurse=False)]
-    reason = None
-    if isinstance(layer, LazyModuleMixin):
-        reason = "is lazy; pass an image through the network first"
-    elif is_parametrized(layer):
-        reason = "is computed, as by weight_norm or spectral_norm; remove_parametrizations first"
-    elif layer._forward_pre_hooks or layer._forward_hooks:
-        reason = "has hooks, as of weight_norm, spectral_norm or pruning; remove them first"
-    elif "forward" in vars(layer):
-        reason = "has a forward of its own; compile or patch only the whole model"
-    elif len(list(layer.parameters())) > len(parameters):
-        reason = "holds parameters beside child modules; move them into a child of their own"
-    elif isinstance(layer, (nn.ParameterList, nn.ParameterDict)):
-        reason = "computes nothing; move its parameters into the layer that uses them"
-    elif not is_batchnorm(layer) and len(own_values(layer)) < len(tensors):
-        reason = "holds integers or complex numbers beside its parameters; compute them in forward"
-    elif any(value.dtype.itemsize < 4 for value in own_values(layer).values()):
-        reason = "is in half precision; convert the models by .float()"
-    elif not all(value.isfinite().all() for value in own_values(layer).values()):
-        reason = "holds values that are not finite; its training has diverged"
-    if reason is not None:
-        class_name = type(layer).__name__
-        raise ValueError(f"build_routed: cannot route '{name}': {class_name} {reason}")
-
-
-@torch.no_grad()
-def check_routed(routed: RoutedNetwork, models: list, images: Tensor) -> None:
-    """Raise ValueError unless each model comes back out of `routed`: with all weight on it, the
-    logits of images (N, C_in, …) must be its own, and no other model's may be nearer. `routed` is
-    afterwards as it was. `fit_to_site` calls this; call it yourself if you leave that out."""
-    if len(models) != routed.experts:
-        raise ValueError(f"{len(models)} models are given, but {routed.experts} are routed")
-    settings, state = routed.settings, routed.snapshot()
-    routed.settings = RoutingSettings()  # BatchNorm is mixed, and uses running statistics
-    routed.restore(routed.built)
-    own_logits, routed_logits = [], []  # of each model, (N, C, …)
-    try:
-        with torch.autocast(images.device.type, enabled=False):
-            for number, model in enumerate(models):
-                own_logits.append(logits_of(evaluation_copy(model)(images)))
-                set_start(routed, torch.eye(len(models))[number])
-                routed_logits.append(routed(images))
-    finally:
-        routed.settings = settings
-        routed.restore(state)
-    for number, logits in enumerate(routed_logits):
-        errors = [(logits - other).abs().max() for other in own_logits]
-        scale = own_logits[number].abs().max()
-        near = errors[number] <= 0.01 * scale
-        nearest = errors[number] <= min(errors) + 1e-4 * scale
-        if not (near and nearest):  # NaN is neither
-            raise ValueError(
-                f"model {number} is not itself when it is routed: give the models and the order of "
-                "build_routed; no model may begin with a norm or hide parts from torch")
-
-
-@torch.no_grad()
-def set_start(routed: RoutedNetwork, weights: Tensor) -> None:
-    """Let every layer give every image the routing weights (M,), which sum to one."""
-    for router in routed.parts(Router):
-        weights = weights.to(router.fc2.bias)
-        scores = weights.log() if routed.settings.softmax else weights.logit()
-        router.fc2.bias.copy_(scores)
-        router.fc2.weight.zero_()
-
-
-def evaluation_copy(model: nn.Module) -> nn.Module:
-    """A copy in evaluation mode, out of the wrapping of `torch.compile`."""
-    return copy.deepcopy(getattr(model, "_orig_mod", model)).eval()
-
-
 # ---------------------------------------------------------------- the objective (M6 to M8)
 def draw_views(images: Tensor, generator: Generator) -> Tensor:
     """A view of each image as a number (N,): 0 … 7, or 0 … 3 where images are not square."""
@@ -570,7 +331,8 @@ def in_another_view(routed: RoutedNetwork, images: Tensor, generator: Generator,
                     dropout: Generator | None = None) -> Tensor:
     """T⁻¹[p(T(x + ε))] (N, C, …) of images (N, C_in, …), T and ε drawn (M6)."""
     views = draw_views(images, generator)
-    noise = torch.randn(images.shape, generator=generator, device=images.device)
+    noise = torch.randn(
+        images.shape, generator=generator, device=images.device, dtype=images.dtype)
     noisy = images + routed.settings.noise * noise
     probabilities = routed.probabilities(view(noisy, views), dropout)
     return view(probabilities, views, inverse=True)
@@ -582,7 +344,7 @@ def consistency_loss(probabilities: Tensor, of_view: Tensor) -> Tensor:
 
 
 def shape_constraint(probabilities: Tensor, radius: int) -> Tensor:
-    """Mean local range of the foreground probability: the price of contour length (M7).
+    """The local range of the foreground probability, in the mean: it penalises long contours (M7).
     probabilities: (N, C, …) in [0, 1], class 0 the background.
     radius: half width d of the window, 2d + 1 wide along each axis, in pixels.
     Returns a scalar in [0, 1]: 0 for a constant map. Paper: idea; published code: window."""
@@ -621,39 +383,44 @@ def objective(routed: RoutedNetwork, images: Tensor,
 
 # ---------------------------------------------------------------- adaptation
 @torch.inference_mode(False)
-def adapt(routed: RoutedNetwork, images: Tensor, *, generator: Generator,
-          online: bool = False) -> Tensor:
+def adapt(routed: RoutedNetwork, images: Tensor, *, generator: Generator) -> Tensor:
     """Tune routers and affines on unlabelled images, in place; return probabilities (N, C, …).
+    `passes` over all images in random order, then all are predicted.
     images: (N, C_in, …) of one site, on the network's device, as must be the generator, which
     draws order, noise, views and dropout. The experts never change. Grey MRI or colour, 2-D or
     3-D: whatever the networks were trained on, scaled as then.
-    offline: `passes` over all images in random order, then all are predicted.
-    online: one step on each batch as it comes, which is then predicted; call again to go on. Tell
-    `fit_to_site` too that it is online: else its images count twice.
+    A second call goes on from the weights of the first, with a new Adam; `reset` goes back.
     Raises ValueError, before anything changes, where there is no image or one is not finite."""
-    check_images(images)
-    size, device = routed.settings.batch_size, images.device
-    if images.is_inference():
-        images = images.clone()  # what inference mode made knows no gradients
-    if not online:
-        for _ in range(routed.settings.passes):
-            order = torch.randperm(len(images), generator=generator, device=device)
-            for numbers in in_batches(order, size):
-                step(routed, images[numbers], generator)
-        return predict(routed, images)
-    predictions = []
-    for batch in in_batches(images, size):
+    images = checked(images)
+    settings = routed.settings
+    optimiser = torch.optim.Adam(routed.parameters(), lr=settings.lr)
+    start = routed.snapshot()
+    for _ in range(settings.passes):
+        order = torch.randperm(len(images), generator=generator, device=images.device)
+        for numbers in in_batches(order, settings.batch_size):
+            step(routed, images[numbers], optimiser, generator, start)
+    return predict(routed, images)
+
+
+@torch.inference_mode(False)
+def adapt_online(routed: RoutedNetwork, batches: Iterable[Tensor], *,
+                 generator: Generator) -> Iterator[Tensor]:
+    """As `adapt`, of images that arrive batch by batch: one step on each batch (N, C_in, …), then
+    its probabilities (N, C, …). Adam goes on as long as the stream lasts.
+
+        for probabilities in adapt_online(routed, batches, generator=generator): …
+
+    Tell `fit_to_site` too that it is online: else the first images count twice.
+    Raises ValueError at a batch without images or with values that are not finite; what came
+    before has been adapted to."""
+    optimiser = torch.optim.Adam(routed.parameters(), lr=routed.settings.lr)
+    start = routed.snapshot()
+    for batch in batches:
+        batch = checked(batch)
         if any(norm.site_share > 0 for norm in routed.parts(RoutedBatchNorm)):
             measure_site(routed, batch)  # part 2
-        step(routed, batch, generator)
-        predictions.append(predict(routed, batch))
-    return torch.cat(predictions)
-
-
-def check_images(images: Tensor) -> None:
-    """Raise ValueError where there is no image, or a value of one is not finite."""
-    if len(images) == 0 or not images.isfinite().all():
-        raise ValueError("no images, or values that are not finite")
+        step(routed, batch, optimiser, generator, start)
+        yield predict(routed, batch)
 
 
 def in_batches(values: Tensor, size: int) -> tuple[Tensor, ...]:
@@ -663,14 +430,16 @@ def in_batches(values: Tensor, size: int) -> tuple[Tensor, ...]:
 
 
 @torch.enable_grad()
-def step(routed: RoutedNetwork, images: Tensor, generator: Generator) -> None:
-    """One step of Adam on the objective of a batch (N, C_in, …)."""
+def step(routed: RoutedNetwork, images: Tensor, optimiser: torch.optim.Optimizer,
+         generator: Generator, start: dict[str, Tensor]) -> None:
+    """One step of the optimiser on the objective of a batch (N, C_in, …).
+    start: the `snapshot` that adaptation began with, which the leash holds to."""
     loss, probabilities = objective(routed, images, generator)
-    routed.optimiser.zero_grad()
+    optimiser.zero_grad()
     loss.backward()
-    routed.optimiser.step()
+    optimiser.step()
     if routed.settings.leash is not None:
-        pull_back(routed, images, probabilities)  # part 2
+        pull_back(routed, images, probabilities, start)  # part 2
 
 
 @torch.no_grad()
@@ -678,12 +447,199 @@ def predict(routed: RoutedNetwork, images: Tensor) -> Tensor:
     """Probabilities (N, C, …) of images (N, C_in, …), dropout off.
     Raises ValueError where there is no image or one is not finite, FloatingPointError where a
     probability is not."""
-    check_images(images)
-    batches = in_batches(images, routed.settings.batch_size)
+    batches = in_batches(checked(images), routed.settings.batch_size)
     probabilities = torch.cat([routed.probabilities(batch) for batch in batches])
     if not probabilities.isfinite().all():
         raise FloatingPointError("predict: not every probability is finite; has training diverged?")
     return probabilities
+
+
+# ---------------------------------------------------------------- the routed network
+class RoutedNetwork(nn.Module):
+    """M frozen networks as one, mixed layer by layer and image by image; made by `build_routed`.
+    The experts are buffers. Its parameters are what adaptation moves: the routers, and what is
+    added to the layers without a router. `train` changes nothing.
+    `routing`: the weights (N, M) of the last pass by the names of the layers with a router; of a
+    layer that is called twice, those of its last call. Source: the published code, but for
+    `snapshot`, `restore` and `reset` (ours)."""
+
+    def __init__(self, network: nn.Module, experts: int, settings: RoutingSettings):
+        super().__init__()
+        self.network = network
+        self.experts = experts  # M
+        self.settings = settings
+        self.routing = {}
+        self.built = self.snapshot()  # where `fit_to_site` begins
+        self.keep_start()
+        self.register_load_state_dict_post_hook(RoutedNetwork.keep_start)
+        self.eval()
+
+    def forward(self, images: Tensor, dropout: Generator | None = None,
+                counting: bool = False) -> Tensor:
+        """Images (N, C_in, …) → logits (N, C, …), C at least 2.
+        dropout: draws the dropout in the routers; None: no dropout.
+        counting: whether BatchNorm counts the images into the site's statistics (part 2)."""
+        device_type = images.device.type
+        check_precision(device_type)
+        all_on_last = torch.zeros(len(images), self.experts, device=images.device)
+        all_on_last[:, -1] = 1
+        current = Pass(self.settings, dropout, counting, len(images), all_on_last,
+                       weights=all_on_last, routing={})
+        layers = self.parts(Routed)
+        for layer in layers:
+            layer.current = current
+        try:
+            logits = logits_of(self.network(images), images.ndim)
+        finally:
+            for layer in layers:
+                layer.current = None  # it would keep the graph of the whole pass
+        self.routing = current.routing
+        return logits
+
+    def probabilities(self, images: Tensor, dropout: Generator | None = None) -> Tensor:
+        """Images (N, C_in, …) → probabilities (N, C, …), in float32 at least."""
+        logits = self(images, dropout)
+        dtype = torch.promote_types(logits.dtype, torch.float32)
+        return logits.to(dtype).softmax(dim=1)
+
+    def train(self, mode: bool = True) -> nn.Module:
+        """Stays in evaluation mode: dropout and counting are asked for by name, pass by pass."""
+        return super().train(False)
+
+    def parts(self, kind: type) -> list:
+        """All its modules of a class, such as RoutedBatchNorm, each once."""
+        return [module for module in self.modules() if isinstance(module, kind)]
+
+    def snapshot(self) -> dict[str, Tensor]:
+        """A copy, by name, of all that may change: the parameters and the site's statistics."""
+        parameters = dict(self.named_parameters())
+        copies = {}
+        for name, value in self.state_dict().items():
+            if name in parameters or ".site_" in name:
+                copies[name] = value.clone()
+        return copies
+
+    @torch.no_grad()
+    def restore(self, snapshot: dict[str, Tensor]) -> None:
+        """Take back the values of a `snapshot`, bit for bit."""
+        state = self.state_dict()  # shares memory with the network
+        for name, value in snapshot.items():
+            state[name].copy_(value)
+
+    def keep_start(self, *_) -> None:
+        """Let `reset` return to what it is now. Building, fitting and loading call this."""
+        self.start = self.snapshot()
+
+    def reset(self) -> None:
+        """Back to the start, bit for bit: as it was built, fitted or loaded, whichever was last."""
+        self.restore(self.start)
+
+
+@torch.inference_mode(False)
+def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSettings(),
+                 generator: Generator | None = None) -> RoutedNetwork:
+    """Turn M trained networks of one architecture into one; the models stay as they are.
+    models: personalised ones first, the global one last; on one device, in float32 or float64.
+    Each layer may be of any kind that holds all its parameters itself and is given one tensor with
+    one entry for each image: convolutions and Linear have a router, norms, PReLU and the like
+    follow. generator (CPU) draws the routers; None: torch's own.
+    Raises ValueError, naming the layer, where models differ or one cannot be routed; what only a
+    pass can show is refused by `check_routed`, which `fit_to_site` calls."""
+    models = [getattr(model, "_orig_mod", model) for model in models]  # of torch.compile
+    modules = [dict(model.named_modules()) for model in models]
+    names = dict.fromkeys(name for by_name in modules for name in by_name)  # each once, in order
+    example = next(models[-1].parameters())
+    routed_layers = {}
+    for name in names:
+        experts = [by_name.get(name) for by_name in modules]
+        check_alike(name, experts)
+        if needs_routing(experts[-1]):
+            for layer in experts:
+                refuse_unroutable(name, layer)
+            kind = RoutedBatchNorm if is_batchnorm(experts[-1]) else Routed
+            routed = kind(experts, name, generator)
+            routed_layers[id(experts[-1])] = routed.to(example)  # its device and precision
+    # deepcopy's second argument says, by id, what has been copied already: thus it puts the routed
+    # layers in place of the last model's own, wherever the network refers to them.
+    network = copy.deepcopy(models[-1], routed_layers | kept_activations(models[-1]))
+    return RoutedNetwork(network, len(models), settings)
+
+
+def logits_of(output, axes: int) -> Tensor:
+    """The logits (N, C, …), C at least 2, in what a network returns for images of so many axes.
+    One channel z becomes two, 0 and z, whose softmax is the sigmoid of z."""
+    logits = main_output(output, axes)
+    if logits.shape[1] == 1:
+        return torch.cat([torch.zeros_like(logits), logits], dim=1)
+    return logits
+
+
+def main_output(output, axes: int) -> Tensor:
+    """The network's output at full size: the tensor itself; of a dict, as HuggingFace's outputs
+    are, the entry "logits" or "out"; else the first of the tensors with as many axes as the images
+    have. There may be several, as of deep supervision, if they have the same channels."""
+    if isinstance(output, dict):
+        output = output.get("logits", output.get("out", output))
+    maps = [tensor for tensor in tensors_in(output) if tensor.ndim == axes]
+    check_maps(output, maps)
+    return maps[0]
+
+
+def tensors_in(output) -> list[Tensor]:
+    """All tensors in nested dicts, lists and tuples, in their order."""
+    if isinstance(output, Tensor):
+        return [output]
+    if isinstance(output, dict):
+        output = list(output.values())
+    if not isinstance(output, (list, tuple)):
+        return []
+    return [tensor for part in output for tensor in tensors_in(part)]
+
+
+def own_values(layer: nn.Module) -> dict[str, Tensor]:
+    """The parameters and buffers of a layer itself, not of its children; no integers."""
+    tensors = dict(layer.named_parameters(recurse=False))
+    tensors |= dict(layer.named_buffers(recurse=False))
+    values = {}
+    for name, value in tensors.items():
+        if value.is_floating_point():
+            values[name] = value.detach()
+    return values
+
+
+def needs_routing(layer: nn.Module) -> bool:
+    """Whether a layer has parameters besides those of its children, is BatchNorm, or computes
+    otherwise than its class does."""
+    parameters = list(layer.parameters(recurse=False))
+    is_changed = is_parametrized(layer) or "forward" in vars(layer)
+    return bool(parameters) or is_batchnorm(layer) or is_changed
+
+
+def is_batchnorm(layer: nn.Module) -> bool:
+    """InstanceNorm that keeps running statistics is one too: once trained, it uses them alike."""
+    return isinstance(layer, _BatchNorm) or has_running_statistics(layer)
+
+
+def has_running_statistics(layer: nn.Module) -> bool:
+    return isinstance(layer, _NormBase) and layer.running_mean is not None
+
+
+def evaluation_copy(model: nn.Module) -> nn.Module:
+    """A copy in evaluation mode, out of the wrapping of `torch.compile`."""
+    model = getattr(model, "_orig_mod", model)
+    return copy.deepcopy(model, kept_activations(model)).eval()
+
+
+def kept_activations(model: nn.Module) -> dict[int, None]:
+    """For deepcopy, which takes a dictionary from ids to copies: None in place of each activation
+    that a forward pass has left in an attribute. torch cannot copy these; a pass makes them anew.
+    """
+    copies = {}
+    for module in model.modules():
+        for tensor in tensors_in(vars(module)):
+            if tensor.grad_fn is not None:
+                copies[id(tensor)] = None
+    return copies
 
 
 # ================================================================ part 2: ours
@@ -699,18 +655,19 @@ def fit_to_site(routed: RoutedNetwork, models: list, images: Tensor, *,
     It begins with `routed` as it was built, whatever was adapted, fitted or loaded before. Every
     image and layer starts alike; steps change that.
     models: those that `routed` was built from, in the same order (see `check_routed`).
-    images: (N, C_in, …) of the site; for `online` the first batch, which `adapt` counts itself.
+    images: (N, C_in, …) of the site; for `online` the first batch, which `adapt_online` counts
+    itself.
     start: "matched", see `start_weights`; "uniform"; or "random": the routers as they were built.
     share: of the site's statistics in BatchNorm's, in [0, 1], used as it is. By default it is
     `site_share` · n / (n + 16) where n images were counted: one image alone does not decide.
     Networks without BatchNorm have no statistics to compare: "matched" is then the prior alone."""
-    check_images(images)
+    images = checked(images)
     if start not in ("matched", "uniform", "random"):
         raise ValueError(f"start is '{start}', but may be matched, uniform or random")
     if share is not None and not 0 <= share <= 1:
         raise ValueError(f"share is {share}, but may be 0 to 1")
     contrast = images.flatten(1).std(dim=1)  # of blank images the models might say the same
-    fullest = contrast.topk(min(2, len(images))).indices
+    fullest = contrast.topk(min(4, len(images))).indices
     check_routed(routed, models, images[fullest])
     D = torch.stack([divergence(model, images) for model in models])  # (M,)
     routed.restore(routed.built)
@@ -826,15 +783,16 @@ def measure_site(routed: RoutedNetwork, images: Tensor) -> None:
 
 
 @torch.no_grad()
-def pull_back(routed: RoutedNetwork, images: Tensor, probabilities: Tensor) -> None:
+def pull_back(routed: RoutedNetwork, images: Tensor, probabilities: Tensor,
+              start: dict[str, Tensor]) -> None:
     """The leash. Every term of the objective is least for an empty mask, and no image says how
     generously its annotator draws: where the area of a class in these probabilities (N, C, …),
     those before the step, is more than `leash` off what the start gives, all that adapts goes half
-    way back."""
+    way back to the start, a `snapshot`."""
     adapted = {}
     for name, value in routed.named_parameters():
         adapted[name] = value.clone()
-        value.copy_(routed.start[name])
+        value.copy_(start[name])
     at_start = routed.probabilities(images)
     area = probabilities.transpose(0, 1).flatten(1).mean(dim=1)  # (C,)
     before = at_start.transpose(0, 1).flatten(1).mean(dim=1)
@@ -842,3 +800,155 @@ def pull_back(routed: RoutedNetwork, images: Tensor, probabilities: Tensor) -> N
     way = 0.5 if moved[1:].any() else 1.0  # class 0 is the background
     for name, value in routed.named_parameters():
         value.lerp_(adapted[name], way)
+
+
+@torch.no_grad()
+def set_start(routed: RoutedNetwork, weights: Tensor) -> None:
+    """Let every layer give every image the routing weights (M,), which sum to one."""
+    for router in routed.parts(Router):
+        weights = weights.to(router.fc2.bias)
+        scores = weights.log() if routed.settings.softmax else weights.logit()
+        router.fc2.bias.copy_(scores)
+        router.fc2.weight.zero_()
+
+
+# ================================================================ part 3: what is refused
+# ---------------------------------------------------------------- by build_routed
+def check_alike(name: str, experts: list) -> None:
+    """Raise ValueError where the models' modules of this name differ, or some have none."""
+    kinds = set()
+    for expert in experts:
+        options = expert.extra_repr() if expert is not None else ""
+        kinds.add(f"{type(expert).__name__}({options})")
+    if len(kinds) > 1:
+        raise ValueError(f"build_routed: the models differ in '{name}': {sorted(kinds)}")
+
+
+def refuse_unroutable(name: str, layer: nn.Module) -> None:
+    """Raise ValueError, with the layer's name and what to do, where it cannot be routed."""
+    parameters = list(layer.parameters(recurse=False))
+    tensors = [*parameters, *layer.buffers(recurse=False)]
+    reason = None
+    if isinstance(layer, LazyModuleMixin):
+        reason = "is lazy; pass an image through the network first"
+    elif is_parametrized(layer):
+        reason = "is computed, as by weight_norm or spectral_norm; remove_parametrizations first"
+    elif layer._forward_pre_hooks or layer._forward_hooks:
+        reason = "has hooks, as of weight_norm, spectral_norm or pruning; remove them first"
+    elif "forward" in vars(layer):
+        reason = "has a forward of its own; compile or patch only the whole model"
+    elif len(list(layer.parameters())) > len(parameters):
+        reason = "holds parameters beside child modules; move them into a child of their own"
+    elif isinstance(layer, nn.RNNBase):
+        reason = "is recurrent; no layer that returns several tensors is routed"
+    elif isinstance(layer, (nn.ParameterList, nn.ParameterDict)):
+        reason = "computes nothing; move its parameters into the layer that uses them"
+    elif not is_batchnorm(layer) and len(own_values(layer)) < len(tensors):
+        reason = "holds integers or complex numbers beside its parameters; compute them in forward"
+    elif any(value.dtype.itemsize < 4 for value in own_values(layer).values()):
+        reason = "is in half precision; convert the models by .float()"
+    elif not all(value.isfinite().all() for value in own_values(layer).values()):
+        reason = "holds values that are not finite; its training has diverged"
+    if reason is not None:
+        class_name = type(layer).__name__
+        raise ValueError(f"build_routed: cannot route '{name}': {class_name} {reason}")
+
+
+# ---------------------------------------------------------------- in a pass
+def checked(images: Tensor) -> Tensor:
+    """The images, copied if inference mode made them, since these know no gradients.
+    Raises ValueError where there is no image, or a value of one is not finite."""
+    if len(images) == 0 or not images.isfinite().all():
+        raise ValueError("no images, or values that are not finite")
+    return images.clone() if images.is_inference() else images
+
+
+def check_precision(device_type: str) -> None:
+    """Raise ValueError in float16 autocast."""
+    in_autocast = torch.is_autocast_enabled(device_type)
+    if in_autocast and torch.get_autocast_dtype(device_type) == torch.float16:
+        raise ValueError("routing overflows in float16; use bfloat16 autocast or float32")
+
+
+def check_call(layer: Routed, x: Tensor | None, others: Iterable = ()) -> None:
+    """Raise ValueError unless a layer is called in a pass, with one entry for each image as its
+    first argument, and with no other tensor."""
+    fault = None
+    if layer.current is None:
+        fault = ("outside a pass: call the routed network, not its `network`, and switch gradient "
+                 "checkpointing off")
+    elif not isinstance(x, Tensor) or any(isinstance(other, Tensor) for other in others):
+        fault = ("which is not given one tensor alone, as its first argument; move its parameters "
+                 "into a layer that is")
+    elif len(x) != layer.current.images:
+        fault = (f"whose batch has {len(x)} entries for {layer.current.images} images; choose a "
+                 "network without windows")
+    if fault is not None:
+        raise ValueError(f"cannot route '{layer.name}' {fault}")
+
+
+def check_output(layer: Routed, output) -> None:
+    """Raise ValueError unless a layer has returned one tensor."""
+    if not isinstance(output, Tensor):
+        raise ValueError(f"cannot route '{layer.name}', which returns a {type(output).__name__}; "
+                         "move its parameters into a layer that returns one tensor")
+
+
+def check_maps(output, maps: list[Tensor]) -> None:
+    """Raise ValueError unless a network has returned logits, alone or with others alike.
+    maps: its outputs with as many axes as the images. Several channels of a sigmoid each are not
+    told from logits, and not meant."""
+    channels = {tensor.shape[1] for tensor in maps}
+    if len(channels) != 1:
+        found = [tuple(tensor.shape) for tensor in tensors_in(output)]
+        raise ValueError(f"the network returns a {type(output).__name__} of tensors {found}; wrap "
+                         "it in a module that returns its logits (N, C, …) alone")
+    if channels != {1} and looks_probable(maps[0]):
+        raise ValueError(PROBABILITIES)
+
+
+def looks_probable(output: Tensor) -> bool:
+    """Whether a network's output (N, C, …) may be a softmax's or, of one channel, a sigmoid's."""
+    total = output.sum(dim=1)
+    sums_to_one = output.shape[1] == 1 or ((total - 1).abs() <= 0.01).all()
+    return bool(sums_to_one and output.min() >= 0 and output.max() <= 1.01)
+
+
+PROBABILITIES = "the network returns probabilities; leave out its last softmax or sigmoid"
+
+
+# ---------------------------------------------------------------- by comparison with the models
+@torch.no_grad()
+def check_routed(routed: RoutedNetwork, models: list, images: Tensor) -> None:
+    """Raise ValueError unless each model comes back out of `routed`: with all weight on it, the
+    logits of images (N, C_in, …) must be its own, and no other model's may be nearer. Refuses also
+    networks of one channel if all values of all models lie in 0 … 1, as a sigmoid's do. `routed`
+    is afterwards as it was. `fit_to_site` calls this; call it yourself if you leave that out."""
+    if len(models) != routed.experts:
+        raise ValueError(f"{len(models)} models are given, but {routed.experts} are routed")
+    settings, state = routed.settings, routed.snapshot()
+    routed.settings = RoutingSettings()  # BatchNorm is mixed, and uses running statistics
+    routed.restore(routed.built)
+    outputs, own_logits, routed_logits = [], [], []  # of each model, (N, C, …)
+    try:
+        with torch.autocast(images.device.type, enabled=False):
+            for number, model in enumerate(models):
+                output = evaluation_copy(model)(images)
+                outputs.append(main_output(output, images.ndim))
+                own_logits.append(logits_of(output, images.ndim))
+                set_start(routed, torch.eye(len(models))[number])
+                routed_logits.append(routed(images))
+    finally:
+        routed.settings = settings
+        routed.restore(state)
+    if all(looks_probable(output) for output in outputs):
+        raise ValueError(PROBABILITIES)
+    for number, logits in enumerate(routed_logits):
+        errors = [(logits - other).abs().max() for other in own_logits]
+        scale = own_logits[number].abs().max()
+        near = errors[number] <= 0.01 * scale
+        nearest = errors[number] <= min(errors) + 1e-4 * scale
+        if not (near and nearest):  # NaN is neither
+            raise ValueError(
+                f"model {number} is not itself when it is routed: give the models and the order of "
+                "build_routed; no model may begin with a norm or hide parts from torch")

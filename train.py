@@ -2,26 +2,32 @@
 
     python train.py                               simulated prostate MRI, the last hospital outside
     python train.py --task fundus                 simulated fundus photographs
-    python train.py --root DIR --list             a look at folders of real images
-    python train.py --root DIR --hold-out SITE    then train
     python train.py --hold-out none --methods all-inside    every hospital inside, all methods
     python train.py --hold-out all --methods all-outside    each hospital outside in turn
     python train.py --resume runs/prostate        go on with a run that was interrupted
     python train.py --resume runs/prostate --rounds 60 --methods tent    go on with a finished one
 
-Exit status: 0 all went well, 1 a file cannot be used or training diverged, 2 wrong use, 130 Ctrl-C.
+Folders of real images are trained on by `python -m examples.own_images DIR`, with the same options.
+Exit status: 0 all went well, 1 a file cannot be used or training diverged, 2 wrong use, 130 Ctrl-C,
+141 nobody reads the output any more.
 """
+
+from __future__ import annotations
 
 import argparse
 import copy
 import ctypes
 import io
+import itertools
 import json
 import os
 import platform
 import sys
 import time
+import unicodedata
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -39,86 +45,95 @@ from models import UNet
 
 # ---------------------------------------------------------------- the story
 def main(argv: list[str] | None = None) -> None:
-    prepare_output()
-    args = parse_arguments(argv)
-    try:
-        with autocast(args.device, args.precision):
-            if args.list:
-                look_at_images(args)
-            else:
-                run(args)
-    except KeyboardInterrupt:
-        stop("interrupted; --resume with the run's folder goes on after the last whole round", 130)
-    except FloatingPointError as error:  # training has diverged
-        stop(str(error), 1)
+    with errors_in_one_line():
+        run(parse_arguments(argv), simulated)
 
 
-def run(args: argparse.Namespace) -> None:
-    """Train every federation that was asked for, then report."""
+def run(args: argparse.Namespace, load_images: Callable) -> None:
+    """Train every federation that was asked for, then report.
+
+    load_images: the source of the images, from (args, seed) to a `data.DataSet`.
+    """
     prepare_torch(args)
-    dataset = load_dataset(args, args.seeds[0])
+    dataset = load_images(args, args.seeds[0])
     hold_outs = hospitals_to_hold_out(args.hold_out, dataset)
     folder = open_run(args, dataset)
     results = []
-    for seed in args.seeds:
-        if seed != args.seeds[0]:
-            dataset = load_dataset(args, seed)
-        for hold_out in hold_outs:
-            for way in ways_of_training(args.methods):
-                name = f"seed{seed}-{hold_out or 'all-inside'}-{way}"
-                result = federation(args, dataset, seed, hold_out, way, folder / name)
-                results.append(result)
-    report(args, dataset.unit, results, folder)
+    with autocast(args.device, args.precision), resumable(folder):
+        for seed in args.seeds:
+            if seed != args.seeds[0]:
+                dataset = load_images(args, seed)
+            for hold_out in hold_outs:
+                for training in trainings_of(args.methods):
+                    name = f"seed{seed}-{hold_out or 'all-inside'}-{training}"
+                    federation = Federation(
+                        args, dataset, seed, hold_out, training, folder / name)
+                    results.append(run_federation(federation))
+        report(args, dataset.unit, results, folder)
 
 
-def federation(args, dataset, seed: int, hold_out: str | None, way: str, folder: Path) -> dict:
-    """One federation of all hospitals but one (M1, M2), then the one outside (M4 to M8).
+@dataclass
+class Federation:
+    """All hospitals but one, and how they train together."""
 
-    hold_out: a name, or None if all are inside. way: a key of TRAINING. `folder` gets the models
-    and rows.json, whose content is returned; methods that stand there already are left out.
+    args: argparse.Namespace
+    dataset: data.DataSet
+    seed: int
+    hold_out: str | None  # the hospital outside; None: all are inside
+    training: str  # a key of TRAINING
+    folder: Path  # gets the models, rows.json and pictures
+
+    @property
+    def inside(self) -> list[data.Site]:
+        return [site for site in self.dataset.sites if site.name != self.hold_out]
+
+
+def run_federation(federation: Federation) -> dict:
+    """The hospitals inside (M1, M2), then the one outside (M4 to M8).
+
+    Returns the content of rows.json; methods that stand there already are left out.
     """
+    args, folder = federation.args, federation.folder
     result = load_result(folder / "rows.json", args.rounds)
-    methods = [name for name in methods_of(way, args.methods) if name not in result["methods"]]
+    wanted = methods_of(federation.training, args.methods)
+    methods = [name for name in wanted if name not in result["methods"]]
     if not methods:
         return result
-    print(f"\nseed {seed}, outside: {hold_out or 'none'}, training: {way}")
+    print(f"\nseed {federation.seed}, outside: {federation.hold_out or 'none'}, "
+          f"training: {federation.training}")
     begin = time.perf_counter()
-    sites = [site for site in dataset.sites if site.name != hold_out]
-    model = new_model(args, dataset, seed)
+    model = new_model(args, federation.dataset, federation.seed)
 
     # Inside. A round: local training, the average, and each hospital's personalised model.
     progress = load_progress(folder / "last.pt")
     tick = time.perf_counter()
-    for current in rounds_of(args, model, sites, way, seed, after=progress.last):
+    for current in rounds_of(federation, model, after=progress.last):
         progress.last = current
         for name, local in current.local.items():
             personal = progress.personal.get(name)  # None in the hospital's first round
             progress.personal[name] = iopfl.update_personal(personal, local, args.alpha)  # M2
             progress.fine_tuned[name] = local  # the same with α = 0
-        progress.history.append(scores_of_round(args, dataset, sites, model, way, progress))
+        progress.history.append(scores_of_round(federation, model, progress))
         save_progress(folder / "last.pt", progress)
         print_round(current, args.rounds, seconds=time.perf_counter() - tick)
         tick = time.perf_counter()
-    draw_curves(progress.history, folder / "curves.png")
-    tell_absent(sites, way, progress)
+    draw_curves(progress.history, labels_of(federation.dataset), folder / "curves.png")
+    tell_absent(federation, progress)
     rows = []
     for method in methods:
         if method in INSIDE:
-            rows += score_inside(args, dataset, sites, model, progress, method, "inside")
-            rows += score_inside(args, dataset, sites, model, progress, method, "validation")
+            rows += score_inside(federation, model, progress, method, "inside")
+            rows += score_inside(federation, model, progress, method, "validation")
 
     # Outside. What is routed: the personalised models and, as the last one, the global model.
-    if hold_out and way == "plain":
+    if federation.hold_out and federation.training == "plain":
         models = routed_models(model, progress)
-        outside_rows, weights = hospital_outside(
-            args, dataset, hold_out, models, methods, seed, folder)
+        outside_rows, weights = hospital_outside(federation, models, methods)
         rows += outside_rows
         result["routing"] |= weights
-    for row in rows:
-        row["seed"] = seed
-        row["hold_out"] = hold_out
-    result |= {"seed": seed, "hold_out": hold_out}
-    result["rows"] += rows
+    about = {"seed": federation.seed, "hold_out": federation.hold_out}
+    result |= about
+    result["rows"] += [row | about for row in rows]
     result["methods"] += methods
     result["history"] = progress.history
     result["seconds"] += time.perf_counter() - begin
@@ -126,23 +141,25 @@ def federation(args, dataset, seed: int, hold_out: str | None, way: str, folder:
     return result
 
 
-def rounds_of(args, model, sites: list, way: str, seed: int, after: iopfl.Round | None):
-    """The rounds of a federation of these hospitals, beginning after the round `after` (M1)."""
-    clients = {site.name: site.train for site in sites}
-    if way == "centralised":  # what no federation may do: one client has all images
+def rounds_of(federation: Federation, model: nn.Module,
+              after: iopfl.Round | None = None) -> Iterator[iopfl.Round]:
+    """The rounds of a federation, beginning after the round `after` (M1)."""
+    args = federation.args
+    clients = {site.name: site.train for site in federation.inside}
+    if federation.training == "centralised":  # what no federation may do: one client has all images
         clients = {"all": data.joined(list(clients.values()))}
     for name, split in clients.items():
         clients[name] = split.to(args.device)
-    training = TRAINING[way]
-    if way == "plain" and "ditto" in args.methods:
+    training = TRAINING[federation.training]
+    if federation.training == "plain" and "ditto" in args.methods:
         training = WITH_DITTO
     return iopfl.federate(
         model, clients, args.rounds, training,
         epochs=args.local_epochs, batch_size=args.batch_size, lr=args.lr,
-        participation=args.participation, seed=seed, after=after)
+        participation=args.participation, seed=federation.seed, after=after)
 
 
-def routed_models(model: nn.Module, progress: "Progress") -> dict[str, nn.Module]:
+def routed_models(model: nn.Module, progress: Progress) -> dict[str, nn.Module]:
     """The personalised models by hospital and, as the last one, the global model."""
     models = {}
     for name, state in progress.personal.items():
@@ -151,58 +168,37 @@ def routed_models(model: nn.Module, progress: "Progress") -> dict[str, nn.Module
     return models
 
 
-def hospital_outside(args, dataset, name: str, models: dict, methods: list, seed, folder) -> tuple:
+def hospital_outside(federation: Federation, models: dict, methods: list) -> tuple:
     """What each method makes of the hospital held out; all its images are test images.
 
     models: as `routed_models` returns them. Returns rows, and for each kind of routing its mean
-    weights by layer. `folder` gets the networks that routing has adapted, and pictures.
+    weights by layer. The federation's folder gets the networks that were routed, and pictures.
     """
-    site = next(site for site in dataset.sites if site.name == name)
+    dataset, folder = federation.dataset, federation.folder
+    site = next(site for site in dataset.sites if site.name == federation.hold_out)
     everything = site.everything
-    split = everything.to(args.device)
+    split = everything.to(federation.args.device)
     networks = list(models.values())
     by_global = probabilities_of(models["global"], split.images).argmax(dim=1).cpu()
     rows, weights = [], {}
     for method in methods:
         if method not in OUTSIDE:
             continue
-        outcome = OUTSIDE[method](networks, split, seed)  # oracle alone reads split.masks
+        # The oracle alone reads split.masks.
+        outcome = OUTSIDE[method](networks, split, federation.seed)
         prediction = outcome.probabilities.argmax(dim=1).cpu()  # (N, H, W)
         rows += score(dataset, site, split, prediction, "outside", method)
-        if method.startswith("routing"):
+        if outcome.routed is not None and outcome.routed.experts > 1:
             weights[method] = mean_routing(outcome.routed, split.images)
             save(folder / f"{method}.pt", iopfl.snapshot(outcome.routed))
-            draw_heat_map(weights[method], list(models), folder / f"{method}-weights.png")
+            labels = labels_of(dataset)
+            columns = [labels.get(name, name) for name in models]
+            draw_heat_map(weights[method], columns, folder / f"{method}-weights.png")
             draw_outside(everything, by_global, prediction, folder / f"{method}-masks.png")
     return rows, weights
 
 
 # ---------------------------------------------------------------- methods inside
-# How the clients train in each kind of federation. Several methods are read off the plain one,
-# the only one whose personalised models are used.
-TRAINING = {
-    "plain": iopfl.Training(),
-    "fedprox": iopfl.Training(proximal=0.001),  # Li et al. 2020
-    "fedbn": iopfl.Training(stays="batchnorm"),  # Li et al. 2021
-    "fedper": iopfl.Training(stays="head"),  # Arivazhagan et al. 2019
-    "local": iopfl.Training(stays="all"),
-    "centralised": iopfl.Training(),
-}
-WITH_DITTO = iopfl.Training(ditto=0.1)  # the plain federation, with Ditto's models beside it
-# By method inside: the key of TRAINING whose federation it is read off.
-INSIDE = {
-    "local": "local",
-    "fedavg": "plain",  # McMahan et al. 2017
-    "fedprox": "fedprox",
-    "fedbn": "fedbn",
-    "fedper": "fedper",
-    "ditto": "plain",  # Li et al. 2021
-    "fedavg-ft": "plain",  # fine-tuned: the last local model
-    "iopfl": "plain",
-    "centralised": "centralised",
-}
-
-
 @dataclass
 class Progress:
     """What a federation has made so far; last.pt keeps it, so that an interrupted run goes on."""
@@ -213,27 +209,71 @@ class Progress:
     history: list[dict] = field(default_factory=list)  # see `scores_of_round`
 
 
-def state_for(method: str, site: str, progress: Progress) -> iopfl.State:
-    """The state that serves a hospital inside; the shared one until it has a model of its own."""
-    shared = progress.last.model_of(site)
-    if method == "iopfl":
-        return progress.personal.get(site, shared)
-    if method == "fedavg-ft":
-        return progress.fine_tuned.get(site, shared)
-    if method == "ditto":
-        return progress.last.second.get(site, shared)
-    return shared
+# Each takes a federation's progress and the name of a hospital, and returns the state that serves
+# it: the shared one as long as the hospital has none of its own.
+def shared(progress: Progress, site: str) -> iopfl.State:
+    return progress.last.model_of(site)
 
 
-def ways_of_training(methods: list[str]) -> list[str]:
+def personalised(progress: Progress, site: str) -> iopfl.State:
+    return progress.personal.get(site, shared(progress, site))
+
+
+def fine_tuned(progress: Progress, site: str) -> iopfl.State:
+    return progress.fine_tuned.get(site, shared(progress, site))
+
+
+def ditto_model(progress: Progress, site: str) -> iopfl.State:
+    return progress.last.ditto_models.get(site, shared(progress, site))
+
+
+# How the clients train in each kind of federation.
+TRAINING = {
+    "plain": iopfl.Training(),
+    "fedprox": iopfl.Training(proximal=0.001),  # Li et al. 2020
+    "fedbn": iopfl.Training(personal_layers="batchnorm"),  # Li et al. 2021
+    "fedper": iopfl.Training(personal_layers="head"),  # Arivazhagan et al. 2019
+    "local": iopfl.Training(personal_layers="all"),
+    "centralised": iopfl.Training(),
+}
+WITH_DITTO = iopfl.Training(ditto=0.1)  # the plain federation, with Ditto's models beside it
+
+
+class Inside(NamedTuple):
+    """A method inside: `fedavg`, `fedavg-ft`, `iopfl` and `ditto` all come from one plain
+    federation."""
+
+    training: str  # the key of TRAINING whose federation is scored
+    state: Callable = shared  # which of its states serves a hospital
+
+
+INSIDE = {
+    "local": Inside("local"),
+    "fedavg": Inside("plain"),  # McMahan et al. 2017
+    "fedprox": Inside("fedprox"),
+    "fedbn": Inside("fedbn"),
+    "fedper": Inside("fedper"),
+    "ditto": Inside("plain", ditto_model),  # Li et al. 2021
+    "fedavg-ft": Inside("plain", fine_tuned),  # the last local model
+    "iopfl": Inside("plain", personalised),
+    "centralised": Inside("centralised"),
+}
+
+
+def trainings_of(methods: list[str]) -> list[str]:
     """The keys of TRAINING that these methods need; each is trained once."""
-    return [way for way in TRAINING if methods_of(way, methods)]
+    return [training for training in TRAINING if methods_of(training, methods)]
 
 
-def methods_of(way: str, methods: list[str]) -> list[str]:
-    """Those of these methods that are read off the federation `way`. Methods outside, which INSIDE
-    does not name, take the models of the plain one."""
-    return [method for method in methods if INSIDE.get(method, "plain") == way]
+def methods_of(training: str, methods: list[str]) -> list[str]:
+    """The requested methods that are scored from the federation of this key of TRAINING. Methods
+    outside take the models of the plain one."""
+    found = []
+    for method in methods:
+        needed = INSIDE[method].training if method in INSIDE else "plain"
+        if needed == training:
+            found.append(method)
+    return found
 
 
 # ---------------------------------------------------------------- methods for a hospital outside
@@ -380,6 +420,34 @@ def autocast(device: str, precision: str) -> torch.autocast:
     return torch.autocast(device, torch.bfloat16, enabled=in_bf16, cache_enabled=False)
 
 
+@contextmanager
+def errors_in_one_line() -> Iterator[None]:
+    """Around a program: each error that a user can bring about ends it in one line on stderr."""
+    prepare_output()
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop("interrupted", 130)
+    except FloatingPointError as error:  # training has diverged
+        stop(str(error), 1)
+    except BrokenPipeError:  # whoever read the output, such as `head`, has ended
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except OSError as error:  # a folder without rights, say
+        if error.filename is None:
+            raise
+        stop(f"{error.filename}: {error.strerror}", 1)
+
+
+@contextmanager
+def resumable(folder: Path) -> Iterator[None]:
+    """Around the training of a run: Ctrl-C says how it goes on."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        stop(f"interrupted; --resume {folder} goes on after the last whole round", 130)
+
+
 def prepare_output() -> None:
     """A warning is one line; output appears at once, also of file names that are no text."""
     if sys.stdout is None:  # it was closed
@@ -411,15 +479,11 @@ def keep_memory() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)  # nothing is returned
 
 
-def load_dataset(args, seed: int) -> data.DataSet:
-    if not args.root:
-        if args.task not in data.TASKS:
-            stop(f"task {args.task} is not in data.TASKS; add it before you go on with the run", 1)
-        return data.simulate_sites(args.task, seed, args.size, args.images_per_site)
-    try:
-        return data.load_folder(args.root, args.size, args.mask_values, seed)
-    except (ValueError, OSError, ImportError) as error:  # they name the file and a way out
-        stop(str(error), 1)
+def simulated(args: argparse.Namespace, seed: int) -> data.DataSet:
+    """The hospitals of --task, the source of train.py's own images."""
+    if args.task not in data.TASKS:
+        stop(f"task {args.task} is not in data.TASKS; add it before you go on with the run", 1)
+    return data.simulate_sites(args.task, seed, args.size, args.images_per_site)
 
 
 def hospitals_to_hold_out(choice: str | None, dataset: data.DataSet) -> list[str | None]:
@@ -446,10 +510,10 @@ def print_round(last: iopfl.Round, rounds: int, seconds: float) -> None:
     print(f"round {last.number:3}/{rounds}  Dice loss  {shown}  {left:4.0f} s left")
 
 
-def tell_absent(sites: list, way: str, progress: "Progress") -> None:
+def tell_absent(federation: Federation, progress: Progress) -> None:
     """Name the hospitals that no round has drawn, which --participation can bring about."""
-    absent = [site.name for site in sites if site.name not in progress.fine_tuned]
-    if absent and way != "centralised":
+    absent = [site.name for site in federation.inside if site.name not in progress.fine_tuned]
+    if absent and federation.training != "centralised":
         print(f"never took part, scored with the global model: {', '.join(absent)}")
 
 
@@ -478,26 +542,28 @@ def score(dataset, site, split, prediction, phase: str, method: str) -> list[dic
     return [labels | row for row in rows]
 
 
-def score_inside(args, dataset, sites, model, progress, method: str, phase: str) -> list[dict]:
+def score_inside(federation: Federation, model, progress, method: str, phase: str) -> list[dict]:
     """Rows of each hospital's model: phase "inside" on its test images, or "validation"."""
     rows = []
-    for site in sites:
+    for site in federation.inside:
         split = site.test if phase == "inside" else site.validation
-        serving = iopfl.with_state(model, state_for(method, site.name, progress))
-        prediction = iopfl.predict(serving, split.images.to(args.device))
-        rows += score(dataset, site, split, prediction, phase, method)
+        serving = iopfl.with_state(model, INSIDE[method].state(progress, site.name))
+        prediction = iopfl.predict(serving, split.images.to(federation.args.device))
+        rows += score(federation.dataset, site, split, prediction, phase, method)
     return rows
 
 
-def scores_of_round(args, dataset, sites, model, way: str, progress: Progress) -> dict:
+def scores_of_round(federation: Federation, model, progress: Progress) -> dict:
     """The losses of the last round and, of every fifth, the mean validation Dice of methods."""
     last = progress.last
     entry = {"round": last.number, "losses": last.losses}
     if last.number % 5 == 0:
+        methods = methods_of(federation.training, list(INSIDE))
+        if federation.training == "plain":  # the others have one method each
+            methods = ["fedavg", "iopfl"]
         entry["validation"] = {}
-        methods = ["fedavg", "iopfl"] if way == "plain" else [way]  # others have one model
         for method in methods:
-            rows = score_inside(args, dataset, sites, model, progress, method, "validation")
+            rows = score_inside(federation, model, progress, method, "validation")
             mean = np.mean([row["dice"] for row in rows])
             entry["validation"][method] = float(mean)
     return entry
@@ -519,28 +585,30 @@ def report(args, unit: str, results: list[dict], folder: Path) -> None:
     if outside:
         print("\nOutside, all images of the hospital held out: Dice in %")
         print(table(outside, unit))
-    config = load(folder / "config.json")
-    machine = about_machine(args)
-    content = {"config": config, "machine": machine, "seconds": seconds}
+    peak = peak_memory_mib(args.device)
+    machine = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "device": args.device,
+        "threads": args.threads,
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
+        "peak_memory_mib": peak,
+    }
+    content = {"config": load_config(folder), "machine": machine, "seconds": seconds}
     save(folder / "results.json", content | {"history": history, "rows": rows})
-    peak = machine["peak_memory_mib"]
     print(f"\n{seconds:.0f} s, at most {peak} MiB. Models, pictures and results.json: {folder}")
 
 
-def about_machine(args) -> dict:
-    """Versions, device and the peak of memory, MiB: a GPU's, or the process's if it is told."""
-    facts = {"python": platform.python_version(), "torch": torch.__version__}
-    facts |= {"device": args.device, "threads": args.threads, "gpu": None}
-    facts["peak_memory_mib"] = None
-    if args.device == "cuda":
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["peak_memory_mib"] = torch.cuda.max_memory_allocated() // 2**20
-    elif os.name == "posix":
-        import resource
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        unit = 2**20 if sys.platform == "darwin" else 2**10
-        facts["peak_memory_mib"] = peak // unit
-    return facts
+def peak_memory_mib(device: str) -> int | None:
+    """The most memory so far: the GPU's, or that of the process; None where that is not told."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() // 2**20
+    if os.name != "posix":
+        return None
+    import resource
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return peak // unit
 
 
 def table(rows: list[dict], unit: str) -> str:
@@ -557,52 +625,46 @@ def table(rows: list[dict], unit: str) -> str:
         columns.append(("mean", "dice", sites))
     columns.append((f"HD95 {unit}", "hd95", sites))
     columns.append((f"ASSD {unit}", "assd", sites))
-    titles = [f"{title:>12}" for title, _, _ in columns]
+    widths = [max(12, len(title) + 2) for title, _, _ in columns]
+    titles = [f"{title:>{width}}" for (title, _, _), width in zip(columns, widths)]
     lines = [" " * 33 + "".join(titles)]
     for structure in distinct(rows, "structure"):
-        block = {}  # the line of each method
+        of_structure = [row for row in rows if row["structure"] == structure]
+        cells = [column_cells(of_structure, key, in_column) for _, key, in_column in columns]
         for method in distinct(rows, "method"):
             name = f"{method} (ceiling)" if method in CEILINGS else method
-            block[method] = f"{structure:10.10} {name:22}"
-        for _, key, in_column in columns:
-            part = [row for row in rows
-                    if row["structure"] == structure
-                    and row["site"] in in_column
-                    and row[key] is not None]
-            cells = column_cells(part, key)
-            for method in block:
-                block[method] += f"{cells.get(method, '-'):>12}"
-        lines += block.values()
+            line = f"{structure:10.10} {name:22}"
+            for of_column, width in zip(cells, widths):
+                line += f"{of_column.get(method, '-'):>{width}}"
+            lines.append(line)
     lines.append(f"HD95 and ASSD count {with_distance} of {pairs} pairs of truth and prediction; "
                  "in the others both are empty")
     return "\n".join(lines)
 
 
-def column_cells(rows: list[dict], key: str) -> dict[str, str]:
+def column_cells(rows: list[dict], key: str, sites: list[str]) -> dict[str, str]:
     """By method: mean ± sample standard deviation over the seeds, a star at the best."""
-    means, deviations = {}, {}
-    for method in distinct(rows, "method"):
-        by_seed = {}
-        for row in rows:
-            if row["method"] == method:
-                by_seed.setdefault(row["seed"], []).append(row[key])
-        mean_of_seeds = [np.mean(values) for values in by_seed.values()]
-        means[method] = np.mean(mean_of_seeds)
-        if len(mean_of_seeds) > 1:
-            deviations[method] = np.std(mean_of_seeds, ddof=1)
+    values = {}  # by method, then by seed
+    for row in rows:
+        if row["site"] in sites and row[key] is not None:
+            of_method = values.setdefault(row["method"], {})
+            of_method.setdefault(row["seed"], []).append(row[key])
+    by_seed = {}  # by method: the mean of each seed
+    for method, of_method in values.items():
+        by_seed[method] = [np.mean(of_seed) for of_seed in of_method.values()]
+    means = {method: np.mean(of_seeds) for method, of_seeds in by_seed.items()}
     rivals = [mean for method, mean in means.items() if method not in CEILINGS]
-    scale, digits = 1, 2
-    best = min(rivals, default=None)
     if key == "dice":
-        scale, digits = 100, 1  # in %
-        best = max(rivals, default=None)
+        best, scale, digits = max(rivals, default=None), 100, 1  # in %
+    else:
+        best, scale, digits = min(rivals, default=None), 1, 2
     cells = {}
-    for method, mean in means.items():
-        cell = f"{scale * mean:.{digits}f}"
-        if method in deviations:
-            cell += f"±{scale * deviations[method]:.{digits}f}"
-        star = "*" if mean == best and method not in CEILINGS else " "
-        cells[method] = cell + star
+    for method, of_seeds in by_seed.items():
+        cell = f"{scale * means[method]:.{digits}f}"
+        if len(of_seeds) > 1:
+            cell += f"±{scale * np.std(of_seeds, ddof=1):.{digits}f}"
+        is_best = means[method] == best and method not in CEILINGS
+        cells[method] = cell + ("*" if is_best else " ")
     return cells
 
 
@@ -612,50 +674,90 @@ def distinct(rows: list[dict], key: str) -> list:
 
 
 # ---------------------------------------------------------------- saving and resuming
+VERSION = 2  # of the files in the folder of a run
+
+
 def open_run(args, dataset: data.DataSet) -> Path:
     """The folder of the run, with config.json; of one that goes on the images must be the same."""
-    folder = Path(args.resume) if args.resume else new_folder(args)
-    if args.resume:
-        check_images(folder, dataset)
     facts = dict(vars(dataset))
     del facts["sites"]
     facts["classes"] = dataset.classes
     facts["fingerprint"] = dataset.fingerprint()
     settings = dict(vars(args))
     del settings["resume"]
-    save(folder / "config.json", {"settings": settings, "data": facts})
-    draw_hospitals(dataset.sites[:MOST_SHOWN], folder / "hospitals.png")
+    config = {"version": VERSION, "settings": settings, "data": facts}
+    if args.resume:
+        folder = Path(args.resume)
+        check_images(folder, dataset)
+        save(folder / "config.json", config)
+    else:
+        folder = claim_folder(args.out, dataset.name, config)
+    labels = labels_of(dataset)
+    draw_hospitals(dataset.sites[:MOST_SHOWN], labels, folder / "hospitals.png")
     device = args.device
     if device == "cuda":
         device = torch.cuda.get_device_name()
     print(f"{len(dataset.sites)} hospitals, {dataset.kind}; on {device}; into {folder}")
+    for name, label in labels.items():
+        if label.startswith(NUMBERED):
+            print(f"in pictures '{label}' is {name}")
     return folder
+
+
+def claim_folder(out: str | None, name: str, config: dict) -> Path:
+    """`out`, or the first of runs/<name>, runs/<name>-2, … that nobody has; with config.json.
+
+    Of two runs that begin at once only one can create a folder, or this file in an empty one.
+    """
+    if out:
+        folder = Path(out)
+        folder.mkdir(parents=True, exist_ok=True)
+    else:
+        folder = new_folder(name)
+    file = folder / "config.json"
+    try:
+        file.open("x").close()
+    except FileExistsError:
+        stop(f"{folder}: another run has begun there; name another folder", 1)
+    save(file, config)
+    return folder
+
+
+def new_folder(name: str) -> Path:
+    Path("runs").mkdir(exist_ok=True)
+    for number in itertools.count(1):
+        folder = Path("runs") / (name if number == 1 else f"{name}-{number}")
+        try:
+            folder.mkdir()
+            return folder
+        except FileExistsError:
+            continue
 
 
 def check_images(folder: Path, dataset: data.DataSet) -> None:
     """Stop unless these are the images of a run, read with its first seed."""
-    before = load(folder / "config.json", "data")["data"]
-    if before["fingerprint"] != dataset.fingerprint():
-        stop(f"{folder}: the images are not those the run began with; start a new run", 1)
+    if load_config(folder)["data"]["fingerprint"] != dataset.fingerprint():
+        stop(f"{folder}: the images, their names, splits or voxel sizes are not those the run "
+             "began with; start a new run", 1)
 
 
-def new_folder(args) -> Path:
-    """--out, or the first of runs/<name>, runs/<name>-2, … that does not exist yet."""
-    if args.out:
-        return Path(args.out)
-    name = name_of_images(args)
-    folder = Path("runs") / name
-    number = 2
-    while folder.exists():
-        folder = Path("runs") / f"{name}-{number}"
-        number += 1
-    return folder
+def load_config(folder: Path) -> dict:
+    """The content of a run's config.json: "settings" and, of the images, "data"."""
+    config = load(folder / "config.json", "settings", "data")
+    check_version(config, folder)
+    return config
 
 
-def name_of_images(args) -> str:
-    if args.root:
-        return Path(args.root).name
-    return args.task
+def check_version(config: dict, folder: Path) -> None:
+    """Stop if a run's files are not as this version of train.py writes them."""
+    if config.get("version") != VERSION:
+        stop(f"{folder}: the run is of another version of train.py; train anew", 1)
+
+
+def rounds_done(folder: Path) -> int:
+    """The rounds of the federation of a run that has gone farthest."""
+    files = folder.glob("seed*/last.pt")
+    return max((load_progress(file).last.number for file in files), default=0)
 
 
 def load_result(file: Path, rounds: int) -> dict:
@@ -709,19 +811,24 @@ def write_whole(file: Path, buffer: io.BytesIO) -> None:
 
 def load(file: Path, *keys: str) -> dict:
     """What `save` wrote, with these keys; nothing in the file is executed."""
-    if not file.is_file():  # a pipe would be waited for
-        stop(f"{file}: there is no such file; name the folder of a run", 1)
+    try:
+        if not file.is_file():  # a pipe would be waited for
+            stop(f"{file}: there is no such file; name the folder of a run", 1)
+        content = file.read_bytes()
+    except OSError as error:
+        stop(f"{file}: cannot be read ({error.strerror})", 1)
     try:
         if file.suffix == ".pt":
-            content = torch.load(file, map_location="cpu", weights_only=True)
+            found = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         else:
-            content = json.loads(file.read_bytes())
-        for key in keys:
-            content[key]  # an error if it is missing
-        return content
+            found = json.loads(content)
+        missing = [key for key in keys if key not in found]
     except Exception as error:  # of many kinds: the archive, its index or a tensor may be wrong
-        problem = f"{file}: damaged or not of train.py ({type(error).__name__})"
-        stop(f"{problem}; delete it to compute it again, or start a new run", 1)
+        missing = [type(error).__name__]
+    if missing:
+        stop(f"{file}: damaged or not of train.py ({missing[0]}); delete it to compute it again, "
+             "or start a new run", 1)
+    return found
 
 
 # ---------------------------------------------------------------- pictures
@@ -734,9 +841,23 @@ FONT = ImageFont.load_default(13)
 PALETTE = (np.outer(np.arange(256), (37, 101, 173)) % 256).flatten().tolist()
 
 
-def draw_hospitals(sites: list[data.Site], file: Path) -> None:
+NUMBERED = "hospital "
+
+
+def labels_of(dataset: data.DataSet) -> dict[str, str]:
+    """By hospital what pictures call it: its name, without accents, or in other letters than Latin,
+    which their font does not have, its number."""
+    labels = {}
+    for number, site in enumerate(dataset.sites, start=1):
+        letters = unicodedata.normalize("NFKD", site.name)
+        plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
+        labels[site.name] = plain if plain.isascii() else f"{NUMBERED}{number}"
+    return labels
+
+
+def draw_hospitals(sites: list[data.Site], labels: dict[str, str], file: Path) -> None:
     """Six training images of each hospital, the last two with their masks."""
-    rows, labels = [], []
+    rows = []
     for site in sites:
         split = site.train
         holds_something = split.masks.flatten(1).any(dim=1)  # (N,)
@@ -750,8 +871,7 @@ def draw_hospitals(sites: list[data.Site], file: Path) -> None:
             outlines = [truth] if number in shown[-2:] else []
             cells.append(picture(split.shown(number), outlines))
         rows.append(cells)
-        labels.append(site.name)
-    draw_grid(rows, labels, titles=[], file=file)
+    draw_grid(rows, [labels[site.name] for site in sites], titles=[], file=file)
 
 
 def draw_outside(split: data.Split, before: Tensor, after: Tensor, file: Path) -> None:
@@ -808,14 +928,16 @@ def draw_heat_map(weights: dict[str, list], columns: list[str], file: Path) -> N
     draw_grid(rows, list(weights), titles, file)
 
 
-def draw_curves(history: list[dict], file: Path) -> None:
-    """Over the rounds the losses of local training, and the mean validation Dice of methods."""
-    lines = {}  # by name: points (round, value in [0, 1])
+def draw_curves(history: list[dict], labels: dict[str, str], file: Path) -> None:
+    """Over the rounds the mean validation Dice of methods, and the losses of local training of as
+    many hospitals as there is room for."""
+    dice, losses = {}, {}  # by name: points (round, value in [0, 1])
     for entry in history:
-        for name, loss in entry["losses"].items():
-            lines.setdefault(f"loss {name}", []).append((entry["round"], loss))
         for method, mean in entry.get("validation", {}).items():
-            lines.setdefault(f"Dice {method}", []).append((entry["round"], mean))
+            dice.setdefault(f"Dice {method}", []).append((entry["round"], mean))
+        for name, loss in entry["losses"].items():
+            label = f"loss {labels.get(name, name)}"
+            losses.setdefault(label, []).append((entry["round"], loss))
     left, right, bottom, height = 40, 500, 330, 310
     sheet = Image.new("RGB", (680, 360), "white")
     draw = ImageDraw.Draw(sheet)
@@ -825,12 +947,14 @@ def draw_curves(history: list[dict], file: Path) -> None:
         draw.text((6, y - 8), f"{value:.2f}", "black", FONT)
     rounds = history[-1]["round"]
     draw.text((left, bottom + 8), f"round 0 to {rounds}", "black", FONT)
-    for place, (name, points) in enumerate(list(lines.items())[:18]):
+    for place, (name, points) in enumerate([*dice.items(), *losses.items()][:18]):
         colour = tuple(PALETTE[3 * place + 3:3 * place + 6])
         corners = []
         for number, value in points:
             x = left + (right - left) * number / rounds
-            corners.append((x, bottom - height * value))
+            y = bottom - height * value
+            corners.append((x, y))
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), colour)  # a line needs two points
         draw.line(corners, colour, width=2)
         draw.text((right + 12, 10 + 18 * place), name[:20], colour, FONT)
     save_image(sheet, file)
@@ -907,39 +1031,6 @@ def evenly_chosen(values: list, count: int) -> list:
     return [values[int(place)] for place in places]
 
 
-# ---------------------------------------------------------------- a look at the images
-def look_at_images(args) -> None:
-    """Print what each hospital has, and draw some of its images."""
-    dataset = load_dataset(args, args.seeds[0])
-    print(f"{len(dataset.sites)} hospitals, {dataset.kind}, {dataset.channels} channels")
-    for site in dataset.sites:
-        parts = {"train": site.train, "validation": site.validation, "test": site.test}
-        counts = [f"{len(set(part.cases))} {name}" for name, part in parts.items()]
-        masks = site.everything.masks
-        pixels = torch.bincount(masks.flatten(), minlength=dataset.classes)
-        percent = 100 * pixels / masks.numel()
-        shares = [f"{share:.2f}" for share in percent.tolist()]
-        print(f"{site.name}: {len(masks)} images; cases: {', '.join(counts)}")
-        if site.shapes:
-            print(f"    sizes as read    {extent(site.shapes)}")
-        print(f"    resized pixels   {extent(site.spacing.values())} {dataset.unit}")
-        print(f"    classes          {', '.join(shares)} % of all pixels")
-        if site.resized_dice:
-            mean, least = 100 * np.mean(site.resized_dice), 100 * min(site.resized_dice)
-            print(f"    masks resized and brought back: Dice {mean:.1f} %, least {least:.1f} %")
-    file = Path(args.out or "runs") / f"{name_of_images(args)}-hospitals.png"
-    draw_hospitals(dataset.sites[:MOST_SHOWN], file)
-    print(f"Some images of each hospital, the last two with their masks: {file}")
-
-
-def extent(sizes) -> str:
-    """The least and the most of some sizes, as text."""
-    texts = []
-    for size in sorted({min(sizes), max(sizes)}):
-        texts.append(" × ".join(f"{length:.4g}" for length in size))
-    return " to ".join(texts)
-
-
 # ---------------------------------------------------------------- the command line
 class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
@@ -959,14 +1050,28 @@ class Parser(argparse.ArgumentParser):
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = Parser(__doc__)
+    for word in sys.argv[1:] if argv is None else argv:
+        if str(word).split("=")[0] in ("--root", "--mask-values", "--list"):
+            parser.error(f"{word}: own images are read by python -m examples.own_images DIR")
     images = parser.add_argument_group("images")
     add = images.add_argument
     add("--task", choices=data.TASKS, default="prostate", help="what is simulated (prostate)")
-    add("--root", help="folders of real images instead, one a hospital (docs/usage.md)")
-    add("--mask-values", type=int, nargs="+", help="grey values of the classes in their masks")
-    add("--size", type=int, default=96, help="height and width of an image (96)")
     add("--images-per-site", type=int, default=60, help="simulated; six of ten train (60)")
-    add("--list", action="store_true", help="show what the images are and end")
+    args = parse_training(parser, argv, images)
+    if args.images_per_site < 4:
+        parser.error("--images-per-site must be at least 4: two train, one validates, one tests")
+    return args
+
+
+def parse_training(parser: Parser, argv: list[str] | None, images,
+                   may_change: tuple = ()) -> argparse.Namespace:
+    """All options of a training, whatever its images.
+
+    parser: with the options of the source of the images. images: its group for them.
+    may_change: those of them that may stand beside --resume.
+    """
+    add = images.add_argument
+    add("--size", type=int, default=96, help="height and width of an image (96)")
     training = parser.add_argument_group("training")
     add = training.add_argument
     add("--methods", nargs="+", help=f"all-inside, all-outside, {', '.join([*INSIDE, *OUTSIDE])}")
@@ -988,37 +1093,37 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="of convolutions (fp32); a CPU without AVX-512 is slow in bf16")
     add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     add("--out", help="a new or empty folder (runs/<name>, runs/<name>-2 …)")
-    add("--resume", metavar="DIR", help="go on with the run in this folder, with its settings; "
-        "beside it more --rounds, --seeds, --methods, another --device, or the --root of the same "
-        "images elsewhere")
+    add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings; "
+        f"beside it only {as_options(MAY_CHANGE)}")
     args = parser.parse_args(argv)
     nothing = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves what is there
     given = vars(parser.parse_args(argv, nothing))
     given = {name: value for name, value in given.items() if value is not None}
-    if args.root and given.keys() & {"task", "images_per_site"}:
-        parser.error("--task and --images-per-site are of simulated images; leave out --root")
     if args.resume:
-        args = settings_of_run(args, given, parser)
+        args = settings_of_run(args, given, (*MAY_CHANGE, *may_change), parser)
     fill_in_defaults(args)
     check(args, parser)
     return args
 
 
-MAY_CHANGE = ("rounds", "seeds", "methods", "root", "device")  # when a run goes on
+MAY_CHANGE = ("rounds", "seeds", "methods", "device")  # when a run goes on
 
 
-def settings_of_run(args, given: dict, parser: Parser) -> argparse.Namespace:
+def settings_of_run(args, given: dict, may_change: tuple, parser: Parser) -> argparse.Namespace:
     """The settings of the run in --resume, with the options that are given beside it."""
     folder = Path(args.resume).expanduser()
-    saved = load(folder / "config.json", "settings")["settings"]
-    if saved.keys() != vars(args).keys() - {"resume"}:
-        stop(f"{folder}: the run is of another version of train.py", 1)
-    refused = given.keys() - {"resume", *MAY_CHANGE}
+    saved = load_config(folder)["settings"]
+    own_images = "root" in saved
+    if own_images != hasattr(args, "root"):
+        program = "python -m examples.own_images" if own_images else "python train.py"
+        stop(f"the run's images are {'files' if own_images else 'simulated'}: "
+             f"{program} --resume {folder}", 2)
+    refused = given.keys() - {"resume", *may_change}
     if refused:
-        parser.error(f"beside --resume only {as_options(MAY_CHANGE)} may be given, "
+        parser.error(f"beside --resume only {as_options(may_change)} may be given, "
                      f"not {as_options(sorted(refused))}")
-    if given.get("rounds", saved["rounds"]) < saved["rounds"]:
-        parser.error(f"--rounds: the run goes to {saved['rounds']} already")
+    if "rounds" in given and given["rounds"] < rounds_done(folder):
+        parser.error(f"--rounds: {rounds_done(folder)} rounds are done already")
     if "ditto" in named_methods(given.get("methods", [])) and "ditto" not in saved["methods"]:
         parser.error("--methods: ditto has models from the first round on; start a new run")
     for name in ("seeds", "methods"):
@@ -1037,12 +1142,11 @@ def fill_in_defaults(args) -> None:
         args.rounds = 100 if args.published else 30
     if args.alpha is None:
         args.alpha = 0.1 if args.published else 0.7
+    args.alpha += 0.0  # makes 0.0 of -0.0
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
-    for name in ("root", "out"):
-        if getattr(args, name):
-            path = Path(getattr(args, name)).expanduser()
-            setattr(args, name, str(path.resolve()))
+    if args.out:
+        args.out = str(Path(args.out).expanduser().resolve())
     if args.methods is None:
         args.methods = ["fedavg", "iopfl"]
         if args.hold_out != "none":
@@ -1066,44 +1170,49 @@ def named_methods(words: list[str]) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+MOST_THREADS = 1024  # far above what helps, and below what a system cannot start
+
+
 def check(args, parser: Parser) -> None:
     """One line and exit status 2 where an option makes no sense."""
+    for fault in faults(args):
+        parser.error(fault)
+    if args.out and not args.resume:
+        check_out(Path(args.out), None, parser)
+
+
+def faults(args) -> Iterator[str]:
+    """What is wrong with the options; a later fault may follow from an earlier one."""
     for name in ("size", "rounds", "local_epochs", "batch_size", "width", "depth", "threads"):
         if getattr(args, name) < 1:
-            parser.error(f"{as_options([name])} must be at least 1")
-    if args.images_per_site < 4:
-        parser.error("--images-per-site must be at least 4: two train, one validates, one tests")
+            yield f"{as_options([name])} must be at least 1"
+    if args.depth > 13 or args.width * 2**args.depth > 2**13:
+        yield f"--width and --depth: more than {2**13} channels at the lowest level"
     if args.size <= 2**args.depth:
-        parser.error(f"--size must be above {2**args.depth} pixels, which --depth {args.depth} "
-                     "pools into one")
-    if args.width * 2**args.depth > 2**13:
-        parser.error(f"--width and --depth: more than {2**13} channels at the lowest level")
+        yield (f"--size must be above {2**args.depth} pixels, which --depth {args.depth} pools "
+               "into one")
+    if args.threads > MOST_THREADS:
+        yield f"--threads must be at most {MOST_THREADS}"
     if not args.lr > 0:
-        parser.error("--lr must be above 0")
+        yield "--lr must be above 0"
     if not 0 < args.participation <= 1:
-        parser.error("--participation must be above 0 and at most 1")
+        yield "--participation must be above 0 and at most 1"
     if not 0 <= args.alpha <= 1:
-        parser.error("--alpha must lie between 0 and 1")
+        yield "--alpha must lie between 0 and 1"
     if min(args.seeds) < 0 or max(args.seeds) >= 2**32:
-        parser.error("--seeds must lie between 0 and 2^32 - 1")
-    if args.mask_values and not args.root:
-        parser.error("--mask-values goes with --root")
+        yield "--seeds must lie between 0 and 2^32 - 1"
     if args.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda: no GPU was found")
+        yield "--device cuda: no GPU was found"
     for method in args.methods:
         if method not in INSIDE and method not in OUTSIDE:
-            parser.error(f"--methods: {method} is unknown")
+            yield f"--methods: {method} is unknown"
         if method in OUTSIDE and args.hold_out == "none":
-            parser.error(f"--methods: {method} needs a hospital outside")
-    if args.root and not Path(args.root).is_dir():
-        parser.error(f"--root {args.root}: no such folder")
-    if args.out and not args.resume and not args.list:
-        check_out(Path(args.out), args.root, parser)
+            yield f"--methods: {method} needs a hospital outside"
 
 
-def check_out(out: Path, root: str | None, parser: Parser) -> None:
+def check_out(out: Path, images: str | None, parser: Parser) -> None:
     """An --out must be new or empty, and not among the images."""
-    if root and out.is_relative_to(root):
+    if images and out.is_relative_to(images):
         parser.error(f"--out {out} lies among the images")
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         is_run = (out / "config.json").exists()

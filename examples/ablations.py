@@ -14,18 +14,17 @@ and losses; p of the sign test.
 
 import argparse
 import math
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import data
 import iopfl
 import router
 import train
 from examples.adapt_folder import finished_federations, load_models
+from examples.own_images import images_of_run
 
 # Changes of the settings, of where routing starts (`fit`), of what is routed, or of the order.
 ROUTING = {
@@ -65,103 +64,84 @@ GLOBAL_CONTROL = "the global model, α 0.7"  # accumulated like a personalised o
 
 
 def main(argv: list[str] | None = None) -> None:
-    train.prepare_output()
-    parser = train.Parser(__doc__)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a finished run of train.py")
-    parser.add_argument("--variants", nargs="+", metavar="NAME", help="of routing (all)")
-    parser.add_argument("--images", type=int, help="adapt to so many at a time (to all at once)")
-    args = parser.parse_args(argv)
-    for name in args.variants or []:
-        if name not in ROUTING:
-            parser.error(f"--variants: {name} is unknown; known are {', '.join(ROUTING)}")
-    if args.images is not None and args.images < 1:
-        parser.error("--images must be at least 1")
-    try:
+    with train.errors_in_one_line():
+        parser = train.Parser(__doc__)
+        add = parser.add_argument
+        add("runs", nargs="+", metavar="RUN", help="a finished run of train.py")
+        add("--variants", nargs="+", metavar="NAME", help="of routing (all)")
+        add("--images", type=int, help="adapt to so many at a time (to all at once)")
+        args = parser.parse_args(argv)
+        for name in args.variants or []:
+            if name not in ROUTING:
+                parser.error(f"--variants: {name} is unknown; known are {', '.join(ROUTING)}")
+        if args.images is not None and args.images < 1:
+            parser.error("--images must be at least 1")
         run(args, parser)
-    except KeyboardInterrupt:
-        train.stop("interrupted", 130)
-    except FloatingPointError as error:  # training has diverged
-        train.stop(str(error), 1)
 
 
 def run(args: argparse.Namespace, parser: train.Parser) -> None:
     """Compute all variants on each federation of the runs, and print the table."""
     names = args.variants or list(ROUTING)
-    federations = []
+    finished = []
     for folder in dict.fromkeys(Path(run).resolve() for run in args.runs):
-        federations += open_federations(folder)
-    if not federations:
+        finished += open_federations(folder)
+    if not finished:
         train.stop("no finished federation seed…-plain in these runs", 2)
-    reference = common_reference(federations, names, parser)
+    reference = common_reference(finished, names, parser)
     if reference not in names and (args.variants or args.images):
         parser.error("--variants and --images are for runs with a hospital outside")
 
     scores = {}  # by variant: the mean Dice of each hospital and seed
-    for federation in federations:
+    for federation in finished:
         print(federation.folder)
-        train.prepare_torch(federation.settings)
-        dataset = federation.dataset()
+        train.prepare_torch(federation.args)
         if federation.hold_out is None:
-            variants = vary_alpha(federation.settings, dataset, federation.seed)
+            variants = vary_alpha(federation)
         else:
-            variants = vary_routing(federation, dataset, names, args.images)
+            variants = vary_routing(federation, names, args.images)
         for name, values in variants.items():
             scores.setdefault(name, []).extend(values)
     print_table(scores, reference)
 
 
-def common_reference(federations: list["Federation"], names: list[str], parser) -> str:
+def common_reference(finished: list[train.Federation], names: list[str], parser) -> str:
     """The variant that the others are compared with; refuses runs that have not the same."""
     references = set()
-    for federation in federations:
+    for federation in finished:
         inside = federation.hold_out is None
-        references.add(f"α {federation.settings.alpha}" if inside else names[0])
+        references.add(f"α {federation.args.alpha}" if inside else names[0])
     if len(references) > 1:
         parser.error("these runs are of different kinds; name them one at a time")
     return references.pop()
 
 
-@dataclass
-class Federation:
-    """A finished federation, the only one of its seed and hospital outside that can be routed."""
-
-    folder: Path
-    config: dict  # of its run
-    settings: argparse.Namespace  # of its run, on this machine
-    seed: int
-    hold_out: str | None
-
-    def models(self) -> list[nn.Module]:
-        return list(load_models(self.folder, self.config, self.settings.device).values())
-
-    def dataset(self) -> data.DataSet:
-        """Its images; those of the run's first seed must be what they were."""
-        dataset = train.load_dataset(self.settings, self.seed)
-        if self.seed == self.settings.seeds[0]:
-            train.check_images(self.folder.parent, dataset)
-        return dataset
-
-
-def open_federations(run: Path) -> list[Federation]:
-    """All finished federations of a run whose models can be routed."""
-    config = train.load(run / "config.json", "settings", "data")
-    settings = argparse.Namespace(**config["settings"])
+def open_federations(run: Path) -> list[train.Federation]:
+    """All finished federations of a run whose models can be routed, with their images; those of the
+    run's first seed must be what they were."""
+    settings = argparse.Namespace(**train.load_config(run)["settings"])
     settings.device = "cuda" if torch.cuda.is_available() else "cpu"
     settings.methods = ["iopfl"]  # Ditto's models need not be trained
     found = []
+    datasets = {}  # by seed
     for folder in finished_federations(run):
         result = train.load(folder / "rows.json", "seed", "hold_out")
         seed, hold_out = result["seed"], result["hold_out"]
-        found.append(Federation(folder, config, settings, seed, hold_out))
+        if seed not in datasets:
+            datasets[seed] = images_of_run(settings, seed)
+            if seed == settings.seeds[0]:
+                train.check_images(run, datasets[seed])
+        dataset = datasets[seed]
+        found.append(train.Federation(settings, dataset, seed, hold_out, "plain", folder))
     return found
 
 
 # ---------------------------------------------------------------- outside
-def vary_routing(federation: Federation, dataset, names: list[str],
+def vary_routing(federation: train.Federation, names: list[str],
                  images_at_a_time: int | None) -> dict[str, list[float]]:
     """By variant of routing, and for the global model, the mean Dice on the hospital held out."""
-    settings = federation.settings
-    models = federation.models()
+    settings, dataset = federation.args, federation.dataset
+    config = train.load_config(federation.folder.parent)
+    models = list(load_models(federation.folder, config, settings.device).values())
     site = next(site for site in dataset.sites if site.name == federation.hold_out)
     split = site.everything.to(settings.device)
     images = split.images.float()
@@ -211,17 +191,22 @@ def route(
     options.update(fit)
     router.fit_to_site(routed, models, seen, **options)
     generator = train.new_generator(seed, images.device)
-    return router.adapt(routed, images, generator=generator, online=online)
+    if online:
+        batches = router.in_batches(images, routing_settings.batch_size)
+        stream = router.adapt_online(routed, batches, generator=generator)
+        return torch.cat(list(stream))
+    return router.adapt(routed, images, generator=generator)
 
 
 # ---------------------------------------------------------------- inside
-def vary_alpha(args, dataset, seed: int) -> dict[str, list[float]]:
+def vary_alpha(federation: train.Federation) -> dict[str, list[float]]:
     """By α the Dice of each hospital's personalised model, read off one federation (M2)."""
-    model = train.new_model(args, dataset, seed)
+    args = federation.args
+    model = train.new_model(args, federation.dataset, federation.seed)
     personal = {alpha: {} for alpha in {*ALPHAS, args.alpha}}  # by α, then by hospital
     accumulated = None
     with train.autocast(args.device, args.precision):
-        for last in train.rounds_of(args, model, dataset.sites, "plain", seed, after=None):
+        for last in train.rounds_of(federation, model):
             accumulated = iopfl.update_personal(accumulated, last.global_state, 0.7)
             for alpha, states in personal.items():
                 for name, local in last.local.items():
@@ -229,19 +214,19 @@ def vary_alpha(args, dataset, seed: int) -> dict[str, list[float]]:
         scores = {}
         for alpha in sorted(personal):
             progress = train.Progress(last, personal[alpha])
-            scores[f"α {alpha}"] = dice_by_hospital(args, dataset, model, progress)
-        names = [site.name for site in dataset.sites]
+            scores[f"α {alpha}"] = dice_by_hospital(federation, model, progress)
+        names = [site.name for site in federation.inside]
         progress = train.Progress(last, dict.fromkeys(names, accumulated))
-        scores[GLOBAL_CONTROL] = dice_by_hospital(args, dataset, model, progress)
+        scores[GLOBAL_CONTROL] = dice_by_hospital(federation, model, progress)
     return scores
 
 
-def dice_by_hospital(args, dataset, model, progress: train.Progress) -> list[float]:
+def dice_by_hospital(federation: train.Federation, model, progress) -> list[float]:
     """The mean Dice of each hospital's personalised model on its test images."""
+    rows = train.score_inside(federation, model, progress, "iopfl", "inside")
     means = []
-    for site in dataset.sites:
-        rows = train.score_inside(args, dataset, [site], model, progress, "iopfl", "inside")
-        means.append(mean_dice(rows))
+    for site in federation.inside:
+        means.append(mean_dice([row for row in rows if row["site"] == site.name]))
     return means
 
 

@@ -23,22 +23,16 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-import data
 import iopfl
 import router
 import train
+from examples import folders
 from models import UNet
 
 
 def main(argv: list[str] | None = None) -> None:
-    train.prepare_output()
-    args = parse_arguments(argv)
-    try:
-        left_out = run(args)
-    except KeyboardInterrupt:
-        train.stop("interrupted", 130)
-    except FloatingPointError as error:  # in the models, or in what they predict
-        train.stop(str(error), 1)
+    with train.errors_in_one_line():
+        left_out = run(parse_arguments(argv))
     sys.exit(1 if left_out else 0)
 
 
@@ -47,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
     out = Path(args.out)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     trained = open_trained(Path(args.run), device)
-    train.prepare_torch(argparse.Namespace(**trained.config["settings"]))
+    train.prepare_torch(args)
     if args.simulated:
         args.images, args.masks = draw_simulated(trained, out)
     facts = dict(trained.config["data"])
@@ -72,15 +66,15 @@ def run(args: argparse.Namespace) -> int:
     for (file, mask_file), seen in zip(pairs, inputs):
         part = slice(start, start + len(seen))  # a volume has an input for each of its slices
         start += len(seen)
-        pixels, affine = data.read_file(file)  # (n, H, W, channels)
+        pixels, affine = folders.read_file(file)  # (n, H, W, channels)
         own_size = pixels.shape[1:3]
-        mask, maps = data.at_own_size(probabilities[part], own_size)
+        mask, maps = folders.at_own_size(probabilities[part], own_size)
         outlines = [(mask, train.BLUE)]
         if by_global is not None:
-            unadapted = data.at_own_size(by_global[part], own_size)[0]
+            unadapted = folders.at_own_size(by_global[part], own_size)[0]
             outlines.insert(0, (unadapted, train.ORANGE))
         write_mask(file, mask, out)
-        draw_overlay(pixels, outlines, out / "overlays" / f"{data.stem(file)}.png")
+        draw_overlay(pixels, outlines, out / "overlays" / f"{folders.stem(file)}.png")
         if args.probabilities:
             write_probabilities(file, maps, out)
         row = {"file": file.name, "foreground": float((mask > 0).mean())}
@@ -128,7 +122,7 @@ def open_trained(run: Path, device: str) -> Trained:
     if (run / "adapted.json").exists():
         return open_adapted(run, device)
     folder = find_federation(run)
-    config = train.load(folder.parent / "config.json", "settings", "data")
+    config = train.load_config(folder.parent)
     models = load_models(folder, config, device)
     result = train.load(folder / "rows.json", "seed", "hold_out")
     trained = Trained(config, result["seed"], result["hold_out"])
@@ -141,6 +135,7 @@ def open_adapted(folder: Path, device: str) -> Trained:
     """The network that an earlier call has adapted."""
     about = train.load(folder / "adapted.json", "config", "seed", "hold_out", "experts")
     config, experts = about["config"], about["experts"]
+    train.check_version(config, folder)
     model = empty_model(config, device)
     settings = routing_settings(config)
     routed = router.build_routed([model] * len(experts), settings)
@@ -198,7 +193,7 @@ def draw_simulated(trained: Trained, out: Path) -> tuple[str, str]:
     if trained.config["data"]["kind"] != "simulated" or trained.hold_out is None:
         train.stop("--simulated: the run has no simulated hospital outside", 2)
     settings = argparse.Namespace(**trained.config["settings"])
-    dataset = train.load_dataset(settings, trained.seed + 1000)  # other images than the run's
+    dataset = train.simulated(settings, trained.seed + 1000)  # other images than the run's
     site = next(site for site in dataset.sites if site.name == trained.hold_out)
     split = site.everything
     for number, case in enumerate(split.cases):
@@ -230,24 +225,24 @@ def read_images(images: str, masks: str | None, config: dict) -> tuple:
     kind, channels, size = facts["kind"], facts["channels"], config["settings"]["size"]
     mask_folder = Path(masks) if masks else None
     try:
-        every = data.pair_up(Path(images), mask_folder)
+        every = folders.pair_up(Path(images), mask_folder)
         used = {path for pair in every for path in pair}
         for folder in {images, masks or images}:
-            data.report_left_out(Path(folder), used)
+            folders.report_left_out(Path(folder), used)
     except (ValueError, OSError) as error:  # two files of one name, a folder that is locked
         train.stop(str(error), 1)
     pairs, inputs = [], []
     for file, mask_file in every:
         try:
-            pixels, _ = data.read_file(file)
-            seen = data.network_input(file, pixels, size, channels, kind)
+            pixels, _ = folders.read_file(file)
+            seen = folders.network_input(file, pixels, size, channels, kind)
         except (ValueError, OSError, ImportError) as error:
             train.show_warning(f"left out: {error}")
             continue
         pairs.append((file, mask_file))
         inputs.append(torch.from_numpy(seen))
     if not pairs:
-        conversions = data.to_convert(Path(images).iterdir())
+        conversions = folders.to_convert(Path(images).iterdir())
         train.stop(f"{images}: no image or volume that can be used{conversions}", 1)
     if masks and not any(mask_file for _, mask_file in pairs):
         train.show_warning(f"--masks {masks}: no mask has the name of an image")
@@ -266,8 +261,11 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
         seen = router.in_batches(images, settings.batch_size)[0] if online else images
         router.fit_to_site(routed, trained.models, seen, online=online)
     generator = train.new_generator(trained.seed, images.device)
-    probabilities = router.adapt(routed, images, generator=generator, online=online)
-    return routed, probabilities
+    if online:
+        batches = router.in_batches(images, settings.batch_size)
+        stream = router.adapt_online(routed, batches, generator=generator)
+        return routed, torch.cat(list(stream))
+    return routed, router.adapt(routed, images, generator=generator)
 
 
 @torch.no_grad()
@@ -299,9 +297,9 @@ def confidence(overlaps: Tensor) -> float:
 # ---------------------------------------------------------------- masks out
 def write_mask(file: Path, mask: np.ndarray, out: Path) -> None:
     """The mask (n, H, W) of an image or volume, in the folder masks."""
-    name = data.stem(file)
-    if data.is_volume(file):
-        volume = io.BytesIO(data.mask_volume(mask, file))
+    name = folders.stem(file)
+    if folders.is_volume(file):
+        volume = io.BytesIO(folders.mask_volume(mask, file))
         train.write_whole(out / "masks" / f"{name}.nii.gz", volume)
     else:
         image = Image.fromarray(mask[0])  # its values are class indices …
@@ -314,14 +312,14 @@ def write_probabilities(file: Path, maps: np.ndarray, out: Path) -> None:
     feet to head."""
     buffer = io.BytesIO()
     np.save(buffer, maps)
-    train.write_whole(out / "probabilities" / f"{data.stem(file)}.npy", buffer)
+    train.write_whole(out / "probabilities" / f"{folders.stem(file)}.npy", buffer)
 
 
 def dice_of_file(mask_file: Path, affine, mask, facts: dict) -> dict:
     """Dice of each structure of a mask (n, H, W) against a mask file; {} if that is of no use."""
-    kind, values, classes = facts["kind"], facts["mask_values"], facts["classes"]
+    kind, values, classes = facts["kind"], facts.get("mask_values"), facts["classes"]
     try:
-        truth = data.read_mask(mask_file, mask.shape, kind, values, affine, classes)
+        truth = folders.read_mask(mask_file, mask.shape, kind, values, affine, classes)
     except (ValueError, OSError, ImportError) as error:
         train.show_warning(f"not scored: {error}")
         return {}
@@ -372,7 +370,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--online", action="store_true", help="one step a batch, in order")
     add("--probabilities", action="store_true", help="write them too, as numpy files")
     add("--simulated", action="store_true", help="draw new images of the run's hospital outside")
+    add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     args = parser.parse_intermixed_args(argv)  # IMAGES may stand behind the options
+    if not 1 <= args.threads <= train.MOST_THREADS:
+        parser.error(f"--threads must lie between 1 and {train.MOST_THREADS}")
     if (args.images is None) != args.simulated:
         parser.error("name a folder of images, or else say --simulated")
     if args.simulated and args.masks:

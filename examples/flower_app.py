@@ -70,7 +70,7 @@ def new_model() -> UNet:
 
 
 def hospital(number: int) -> data.Site:
-    """The images of a hospital. Replace this by `data.load_folder` for real ones, and in
+    """The images of a hospital. Replace this by `folders.load_folder` for real ones, and in
     `new_model` the channels and classes."""
     dataset = data.simulate_sites(TASK, SEED, SIZE, IMAGES_PER_SITE, HOSPITALS)
     return dataset.sites[number]

@@ -1,0 +1,444 @@
+"""Tests of the programs in examples/."""
+
+import copy
+import dataclasses
+import gzip
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import time
+import warnings
+import zlib
+from collections import OrderedDict
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+import data
+import iopfl
+import router
+import train
+from examples import ablations, adapt_folder, folders, own_images
+from examples.testing import *
+from models import UNet
+
+
+# ---------------------------------------------------------------- own_images
+def test_images_may_move_but_not_change(tmp_path, capsys):
+    for name in "abc":
+        write_site(tmp_path / "images", name, 5)
+    run = tmp_path / "run"
+    words = ["--root", tmp_path / "images", "--methods", "iopfl", "--out", run]
+    assert call_train(*TOY_FOLDER, *words) == 0
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert call_train("--resume", run) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert call_train("--resume", run, "--root", tmp_path / "moved") == 0
+    shutil.copy(tmp_path / "moved/a/images/00.png", tmp_path / "moved/a/images/01.png")
+    assert call_train("--resume", run) == 1
+    assert "not those the run began with" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("words", [["--task", "prostate"], ["--images-per-site", "60"]])
+def test_words_about_simulated_images_beside_a_root(tmp_path, capsys, words):
+    assert call_train("--root", tmp_path, *words) == 2
+    assert "are of simulated images" in capsys.readouterr().err
+
+
+def test_out_must_be_new_or_empty_and_not_among_the_images(tmp_path, capsys):
+    write_site(tmp_path / "images", "a", 4)
+    (tmp_path / "notes.txt").write_text("mine")
+    words = ["--root", tmp_path / "images", "--out"]
+    for out, part in ((tmp_path, "not empty"), (tmp_path / "notes.txt", "not empty"),
+                      (tmp_path / "images" / "b", "lies among the images")):
+        assert call_train(*words, out) == 2
+        assert part in capsys.readouterr().err
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "notes.txt"]
+
+
+def test_bad_images_end_in_one_line(tmp_path, capsys):
+    folder = write_site(tmp_path / "images", "a", 4)
+    (folder / "images" / "00.png").write_bytes(b"no image")
+    assert call_train("--root", tmp_path / "images", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "00.png: not a readable image" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (FloatingPointError("x"), 1)])
+def test_adapt_folder_ends_in_one_line(toy_run, tmp_path, capsys, monkeypatch, error, status):
+    def fail(*args):
+        raise error
+
+    monkeypatch.setattr(adapt_folder, "run", fail)
+    assert adapt_to(toy_run, "--simulated", "--out", tmp_path) == status
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_a_federation_without_its_models_is_told(copy_of_run, tmp_path, capsys):
+    (copy_of_run / "seed0-Rowan-plain" / "last.pt").unlink()
+    assert adapt_to(copy_of_run, "--simulated", "--out", tmp_path / "out") == 1
+    error = capsys.readouterr().err
+    assert "last.pt is missing" in error and error.count("\n") == 1
+
+
+def test_a_look_at_images(tmp_path, capsys):
+    write_site(tmp_path / "images", "a", 5)
+    words = ["--root", tmp_path / "images", "--list", "--size", "16", "--out", tmp_path / "look"]
+    assert call_train(*words) == 0
+    text = capsys.readouterr().out
+    assert "a: 5 images; cases: 3 train, 1 validation, 1 test" in text
+    assert "32 × 32" in text
+    assert re.search(r"masks resized and brought back: Dice \d+.\d %, least \d+.\d %", text)
+    assert (tmp_path / "look" / "images-hospitals.png").exists()
+
+
+# ---------------------------------------------------------------- examples
+def adapt_to(*words) -> int:
+    return call(adapt_folder.main, *words)
+
+
+@pytest.fixture(scope="module")
+def folder_run(tmp_path_factory) -> tuple[Path, Path]:
+    """Three sites with images of 20 × 24 and a run on them, with c outside."""
+    root = tmp_path_factory.mktemp("folder")
+    for name in "abc":
+        write_site(root / "sites", name, 5, size=(20, 24), grey=True)
+    assert call_train("--root", root / "sites", *TOY_FOLDER, "--out", root / "run") == 0
+    return root / "sites", root / "run"
+
+
+def adapted_rows(out: Path) -> list[dict]:
+    return json.loads((out / "adapted.json").read_text())["rows"]
+
+
+def test_adapting_to_a_folder(folder_run, tmp_path, capsys):
+    """Masks at the files' own sizes with the Dice that is reported; a broken file is left out."""
+    sites, run = folder_run
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    shutil.copytree(sites / "c", theirs)
+    (theirs / "images" / "broken.png").write_bytes(b"no image")
+    (theirs / "images" / "notes.txt").write_text("mine")
+    words = [theirs / "images", "--masks", theirs / "masks", "--probabilities", "--out", out]
+    assert adapt_to(run, *words) == 1
+    error = capsys.readouterr().err
+    assert "left out: " in error and "broken.png" in error and "notes.txt" in error
+    rows = adapted_rows(out)
+    assert [row["file"] for row in rows] == [f"0{number}.png" for number in range(5)]
+    for row in rows:
+        mask = np.array(Image.open(out / "masks" / row["file"]))
+        truth = np.array(Image.open(theirs / "masks" / row["file"]))
+        assert mask.shape == (20, 24)
+        assert row["foreground"] == pytest.approx((mask > 0).mean())
+        assert row["Dice class 1"] == pytest.approx(iopfl.dice(mask > 0, truth > 0))
+        assert 0 <= row["confidence"] <= 1
+        stem = row["file"].removesuffix(".png")
+        maps = np.load(out / "probabilities" / f"{stem}.npy")
+        assert maps.shape == (1, 2, 20, 24)
+        assert maps.sum(axis=1) == pytest.approx(1, abs=1e-2)
+        assert (maps[0].argmax(axis=0) == mask).mean() > 0.98  # float16 makes ties
+        assert (out / "overlays" / row["file"]).exists()
+
+
+def test_overlays_show_the_global_model_too(folder_run, tmp_path, monkeypatch):
+    sites, run = folder_run
+    shown = []
+    monkeypatch.setattr(adapt_folder, "draw_overlay",
+                        lambda pixels, outlines, file: shown.append(outlines))
+    images = sites / "c" / "images"
+    assert adapt_to(run, images, "--out", tmp_path / "out") == 0
+    config = json.loads((run / "config.json").read_text())
+    model = adapt_folder.empty_model(config, "cpu")
+    last = torch.load(run / "seed0-c-plain" / "last.pt", weights_only=True)["last"]
+    model.load_state_dict(last["global_state"])
+    assert len(shown) == 5
+    for file, outlines in zip(sorted(images.iterdir()), shown):
+        (mask, orange), (_, blue) = outlines
+        assert (orange, blue) == (train.ORANGE, train.BLUE)
+        pixels, _ = folders.read_file(file)
+        seen = folders.network_input(file, pixels, config["settings"]["size"], 1, "images")
+        logits = model.eval()(torch.from_numpy(seen))
+        expected, _ = folders.at_own_size(logits.detach().softmax(dim=1), (20, 24))
+        assert (mask == expected).mean() > 0.99  # another batch rounds otherwise
+
+
+def test_images_behind_the_options_and_masks_in_their_folder(folder_run, tmp_path, monkeypatch):
+    """IMAGES may be the last word, and --masks the same folder in another spelling."""
+    sites, run = folder_run
+    together = tmp_path / "together"
+    shutil.copytree(sites / "c" / "images", together)
+    for file in (sites / "c" / "masks").iterdir():
+        shutil.copy(file, together / f"{file.stem}_segmentation.png")
+    monkeypatch.chdir(tmp_path)
+    assert adapt_to(run, "--out", "out", "--masks", together, "together") == 0
+    rows = adapted_rows(tmp_path / "out")
+    assert len(rows) == 5 and all("Dice class 1" in row for row in rows)
+
+
+def test_masks_that_need_nibabel_are_not_scored(folder_run, tmp_path, monkeypatch, capsys):
+    sites, run = folder_run
+    (tmp_path / "masks").mkdir()
+    (tmp_path / "masks" / "00.nii.gz").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    words = [sites / "c" / "images", "--masks", tmp_path / "masks", "--out", tmp_path / "out"]
+    assert adapt_to(run, *words) == 0
+    assert "not scored: " in capsys.readouterr().err
+    assert len(adapted_rows(tmp_path / "out")) == 5
+
+
+def test_outlines_of_both_masks_in_an_overlay(tmp_path):
+    by_global = np.zeros((3, 20, 20), dtype=np.uint8)
+    mask = by_global.copy()
+    by_global[1, 4:8, 4:8] = 1
+    mask[2, 10:16, 10:16] = 1
+    pixels = np.zeros((3, 20, 20, 1), dtype=np.float32)
+    file = tmp_path / "overlay.png"
+    outlines = [(by_global, train.ORANGE), (mask, train.BLUE)]
+    adapt_folder.draw_overlay(pixels, outlines, file)
+    drawn = np.asarray(Image.open(file))
+    width = 480 + 4
+    assert drawn.shape[1] == 2 * width  # the first slice is empty in both
+    orange = (drawn == train.ORANGE).all(axis=2)
+    blue = (drawn == train.BLUE).all(axis=2)
+    assert orange[:, :width].any() and not orange[:, width:].any()
+    assert blue[:, width:].any() and not blue[:, :width].any()
+
+
+def test_what_was_adapted_is_applied_again(folder_run, tmp_path, capsys):
+    sites, run = folder_run
+    images, first, again = sites / "c" / "images", tmp_path / "first", tmp_path / "again"
+    assert adapt_to(run, images, "--out", first) == 0
+    assert adapt_to(first, images, "--out", again) == 0
+    for file in (first / "masks").iterdir():
+        assert file.read_bytes() == (again / "masks" / file.name).read_bytes()
+    for out, has_global in ((first, True), (again, False)):
+        pictures = [np.asarray(Image.open(file)) for file in (out / "overlays").iterdir()]
+        orange = [(picture == train.ORANGE).all(axis=2).any() for picture in pictures]
+        assert any(orange) == has_global
+    assert adapt_to(first, images, "--online", "--out", tmp_path / "x") == 2
+    assert "leave out --online" in capsys.readouterr().err
+
+
+def test_adapting_repeats_the_phase_outside(folder_run, tmp_path):
+    """The same probabilities, order and seed: Dice of resized masks is that of the run."""
+    sites, run = folder_run
+    site = folders.load_folder(sites, 16).sites[-1]
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for case in site.everything.cases:  # in the order in which the run saw them
+        number = len(list(pictures.iterdir()))
+        shutil.copy(sites / "c" / case, pictures / f"{number}.png")
+    assert adapt_to(run, pictures, "--out", tmp_path / "out") == 0
+    one = torch.load(run / "seed0-c-plain" / "routing-ours.pt", weights_only=True)
+    two = torch.load(tmp_path / "out" / "adapted.pt", weights_only=True)
+    assert same(one, two)
+
+
+def test_simulated_images_are_adapted_to(toy_run, tmp_path):
+    for words in ([], ["--online"]):
+        out = tmp_path / f"out{len(words)}"
+        assert adapt_to(toy_run, "--simulated", *words, "--out", out) == 0
+        rows = adapted_rows(out)
+        assert len(rows) == 8 and all("Dice prostate" in row for row in rows)
+    truth = np.array(Image.open(out / "truth" / "Rowan-000.png"))
+    drawn = data.simulate_sites("prostate", 1000, 16, 8).sites[-1].train
+    assert np.array_equal(truth, drawn.masks[0].numpy())  # new images, not those of the run
+
+
+@pytest.mark.parametrize("words, part", [
+    (["RUN"], "name a folder of images"),
+    (["RUN", "IMAGES", "--simulated"], "name a folder of images"),
+    (["RUN", "--simulated"], "no simulated hospital"),
+    (["RUN", "nowhere"], "nowhere: no such folder"),
+    (["RUN", "IMAGES", "--mask-values", "0", "1"], "goes with --masks"),
+    (["RUN", "--simulated", "--masks", "IMAGES"], "draws its own masks"),
+    (["RUN", "IMAGES", "--masks", "IMAGES", "--mask-values", "0", "1", "2"], "2 classes"),
+    (["IMAGES", "IMAGES"], "no finished federation"),
+])
+def test_wrong_use_of_adapt_folder(folder_run, tmp_path, capsys, words, part):
+    sites, run = folder_run
+    places = {"RUN": run, "IMAGES": sites / "c" / "images"}
+    words = [places.get(word, word) for word in words]
+    assert adapt_to(*words, "--out", tmp_path / "out") == 2
+    error = capsys.readouterr().err
+    assert part in error and error.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_adapting_to_volumes(tmp_path):
+    nibabel = pytest.importorskip("nibabel")
+    write_volumes(tmp_path / "sites", {"A": 4, "B": 4, "C": 4})
+    assert call_train("--root", tmp_path / "sites", *TOY_FOLDER, "--out", tmp_path / "run") == 0
+    theirs, out = tmp_path / "sites" / "C", tmp_path / "out"
+    assert adapt_to(tmp_path / "run", theirs, "--masks", theirs, "--out", out) == 0
+    for row in adapted_rows(out):
+        written = nibabel.load(out / "masks" / row["file"])
+        case = row["file"].removesuffix(".nii.gz")
+        truth = nibabel.load(next(theirs.glob(f"{case}_*.nii.gz")))
+        assert written.shape == truth.shape and np.allclose(written.affine, truth.affine)
+        mask, drawn = np.asarray(written.dataobj) > 0, np.asarray(truth.dataobj) > 0
+        assert row["Dice prostate"] == pytest.approx(iopfl.dice(mask, drawn))
+
+
+def test_no_half_mask_is_left_on_a_full_disk(tmp_path, capsys, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    write_volumes(tmp_path, {"A": 1})
+    monkeypatch.setattr(os, "fsync", full)
+    volume = tmp_path / "A/Case00.nii.gz"
+    with pytest.raises(SystemExit):
+        adapt_folder.write_mask(volume, np.ones((5, 20, 24), np.uint8), tmp_path / "out")
+    assert "Case00.nii.gz: cannot be written (No space left" in capsys.readouterr().err
+    assert not list((tmp_path / "out/masks").iterdir())
+
+
+def variants_in(text: str) -> dict[str, list[str]]:
+    """The cells of the table of ablations, by variant."""
+    return {line[:26].strip(): line[26:].split() for line in text.split("\n")}
+
+
+def test_ablations_of_routing(toy_run, capsys):
+    names = ["routing-ours", "share 1/2", "random start", "global only", "online", "no factor"]
+    assert call(ablations.main, toy_run, "--variants", *names) == 0
+    found = variants_in(capsys.readouterr().out)
+    for name in names:
+        assert len(found[name]) == 8
+    for name, method in (("routing-ours", "routing-ours"), ("global model", "global")):
+        row = find_row(toy_run, "outside", method, "Rowan")
+        assert float(found[name][0]) == pytest.approx(100 * row["dice"], abs=0.006)
+    assert found["routing-ours"][1:] == ["+0.00", "+0.00", "+0.00", "0", "1", "0", "1"]
+    for words in (["--variants", "x"], ["--images", "0"]):
+        assert call(ablations.main, toy_run, *words) == 2
+
+
+def test_ablations_adapt_to_some_images_at_a_time(toy_run, capsys, monkeypatch):
+    """Which images each network sees, and whose statistics it takes, by the factor of the share."""
+    counts, shares = [], []
+    fit_to_site = router.fit_to_site
+
+    def noted(routed, models, images, **options):
+        fit_to_site(routed, models, images, **options)
+        norm = routed.parts(router.RoutedBatchNorm)[0]
+        counts.append(len(images))
+        shares.append((norm.site_share * len(images) / (len(images) + norm.site_prior)).item())
+
+    monkeypatch.setattr(router, "fit_to_site", noted)
+    names = ["no steps", "no factor, no steps"]
+    assert call(ablations.main, toy_run, "--images", 3, "--variants", *names) == 0
+    assert counts == [3, 3, 2] * 2
+    for count, with_factor, without in zip(counts, shares[:3], shares[3:]):
+        assert with_factor == pytest.approx(without * count / (count + 16))
+    found = variants_in(capsys.readouterr().out)
+    assert found["no steps"][1] == "+0.00"  # the first that was named is compared with
+
+
+def test_ablations_of_alpha(tmp_path, capsys):
+    words = ["--hold-out", "none", "--methods", "iopfl", "fedavg-ft", "--out", tmp_path]
+    assert call_train(*TOY, *words) == 0
+    assert call(ablations.main, tmp_path) == 0
+    found = variants_in(capsys.readouterr().out)
+    for variant, method in (("α 0.7", "iopfl"), ("α 0.0", "fedavg-ft")):
+        rows = [row for row in rows_of(tmp_path) if row["phase"] == "inside"]
+        dice = [row["dice"] for row in rows if row["method"] == method]
+        assert float(found[variant][0]) == pytest.approx(100 * np.mean(dice), abs=0.006)
+    assert ablations.GLOBAL_CONTROL in found
+
+
+def test_ablations_refuse(folder_run, capsys):
+    sites, _ = folder_run
+    assert call(ablations.main, sites) == 1
+    assert "config.json: there is no such file" in capsys.readouterr().err
+
+
+def test_ablations_of_other_images_are_refused(tmp_path, capsys):
+    for name in "abc":
+        write_site(tmp_path / "sites", name, 5)
+    run = tmp_path / "run"
+    assert call_train("--root", tmp_path / "sites", *TOY_FOLDER, "--out", run) == 0
+    assert call(ablations.main, run, "--variants", "no steps") == 0
+    shutil.copy(tmp_path / "sites/c/masks/00.png", tmp_path / "sites/c/masks/01.png")
+    assert call(ablations.main, run, "--variants", "no steps") == 1
+    assert "the images are not those the run began with" in capsys.readouterr().err
+
+
+def test_ablations_of_two_kinds_or_none(toy_run, tmp_path, capsys):
+    """Runs of both kinds, and words about routing for a run without it, are refused at once."""
+    inside = tmp_path / "inside"
+    assert call_train(*TOY, "--hold-out", "none", "--methods", "iopfl", "--out", inside) == 0
+    capsys.readouterr()
+    assert call(ablations.main, toy_run, inside) == 2
+    assert "different kinds" in capsys.readouterr().err
+    for words in (["--images", "1"], ["--variants", "no steps"]):
+        assert call(ablations.main, inside, *words) == 2
+        output = capsys.readouterr()
+        assert "a hospital outside" in output.err and not output.out
+
+
+def test_ablations_count_a_run_once(toy_run, capsys):
+    assert call(ablations.main, toy_run, toy_run, "--variants", "no steps") == 0
+    assert variants_in(capsys.readouterr().out)["no steps"][4:7] == ["0", "1", "0"]
+
+
+def test_a_federation_on_its_way_to_more_rounds_is_not_used(copy_of_run, tmp_path, capsys):
+    file = copy_of_run / "config.json"
+    config = json.loads(file.read_text())
+    config["settings"]["rounds"] = 4  # as --resume --rounds 4 leaves it when it is interrupted
+    file.write_text(json.dumps(config))
+    assert adapt_to(copy_of_run, "--simulated", "--out", tmp_path / "out") == 1
+    assert "interrupted after round 2" in capsys.readouterr().err
+    assert call(ablations.main, copy_of_run, "--variants", "no steps") == 1
+    assert "interrupted after round 2" in capsys.readouterr().err
+
+
+def test_sign_test_by_hand():
+    assert ablations.sign_test(5, 0) == pytest.approx(2 / 32)
+    assert ablations.sign_test(2, 2) == 1 and ablations.sign_test(0, 0) == 1
+
+
+def test_flower_gives_the_same_models(tmp_path):
+    """Flower's simulation in processes of its own against `federate` and M2 in this one."""
+    pytest.importorskip("flwr", reason="pip install 'flwr[simulation]'")
+    pytest.importorskip("ray", reason="pip install 'flwr[simulation]'")
+    from examples import flower_app
+    out = tmp_path / "out"
+    command = [sys.executable, "-m", "examples.flower_app", "--out", str(out)]
+    environment = os.environ | {"FLWR_HOME": str(tmp_path), "FLWR_TELEMETRY_ENABLED": "0"}
+    environment["OMP_NUM_THREADS"] = "1"  # as here: another number gives other bits
+    ended = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 0, ended.stderr
+
+    clients = {}
+    for number in range(flower_app.HOSPITALS):
+        site = flower_app.hospital(number)
+        clients[site.name] = site.train.to("cpu")
+    model = flower_app.new_model()
+    rounds = flower_app.ROUNDS
+    personal = {}
+    for last in iopfl.federate(model, clients, rounds, seed=flower_app.SEED):
+        for name, local in last.local.items():
+            before = personal.get(name)
+            personal[name] = iopfl.update_personal(before, local, flower_app.ALPHA)
+    expected = {"global": last.global_state}
+    for name, state in personal.items():
+        expected[f"personal-{name}"] = state
+
+    assert {file.stem for file in out.iterdir()} == set(expected)
+    for name, state in expected.items():
+        found = torch.load(out / f"{name}.pt", weights_only=True)
+        assert found.keys() == state.keys()
+        for entry, value in state.items():
+            assert torch.allclose(found[entry], value, atol=1e-4), f"{entry} of {name}"
