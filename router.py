@@ -115,7 +115,8 @@ class Router(nn.Module):
 
 def draw_linear(inputs: int, outputs: int, generator) -> nn.Linear:
     """A linear layer of torch's own distribution, drawn from this generator (None: torch's own)."""
-    layer = nn.utils.skip_init(nn.Linear, inputs, outputs)  # it would draw from torch's own
+    # Without skip_init it would draw from torch's own generator first.
+    layer = nn.utils.skip_init(nn.Linear, inputs, outputs, dtype=torch.float32)
     bound = inputs**-0.5
     nn.init.uniform_(layer.weight, -bound, bound, generator=generator)
     nn.init.uniform_(layer.bias, -bound, bound, generator=generator)

@@ -53,9 +53,10 @@ def loop_over_images(routed: router.RoutedNetwork, networks: list[nn.Module]) ->
         layer.forward = partial(looped, layer, networks)
 
 
-def obvious_step(routed: router.RoutedNetwork, images: torch.Tensor, generator) -> torch.Tensor:
+def obvious_step(routed: router.RoutedNetwork, images: torch.Tensor, optimiser, generator,
+                 start: dict) -> None:
     """As `router.step` without dropout; a pass each for entropy, view and shape, and one to
-    predict. Returns the loss."""
+    predict."""
     settings = routed.settings
     clean = routed(images).softmax(dim=1)
     views = router.draw_views(images, generator)
@@ -70,11 +71,10 @@ def obvious_step(routed: router.RoutedNetwork, images: torch.Tensor, generator) 
     shape = router.shape_constraint(again, radius)
     loss = settings.entropy * entropy
     loss = loss + settings.consistency * consistency + settings.shape * shape
-    routed.optimiser.zero_grad()
+    optimiser.zero_grad()
     loss.backward()
-    routed.optimiser.step()
+    optimiser.step()
     router.predict(routed, images)
-    return loss.detach()
 
 
 # ---------------------------------------------------------------- what is measured
@@ -135,9 +135,17 @@ class Benchmark:
     def autocast(self, bf16: bool):
         return torch.autocast(self.device, torch.bfloat16, enabled=bf16, cache_enabled=False)
 
-    def step(self, routed: router.RoutedNetwork, bf16: bool = False, take=router.step) -> None:
-        with self.autocast(bf16):
-            take(routed, self.images(self.batch), torch.Generator(self.device))
+    def steps(self, routed: router.RoutedNetwork, bf16: bool = False, take=router.step):
+        """A function that takes one more step of an adaptation."""
+        optimiser = torch.optim.Adam(routed.parameters(), lr=routed.settings.lr)
+        start = routed.snapshot()
+
+        def step() -> None:
+            with self.autocast(bf16):
+                images, generator = self.images(self.batch), torch.Generator(self.device)
+                take(routed, images, optimiser, generator, start)
+
+        return step
 
     def train(self, network: nn.Module, x: torch.Tensor, bf16: bool = False) -> None:
         masks = (x[:, 0] > 0.5).byte()
@@ -197,14 +205,14 @@ class Benchmark:
         # A network without routed layers, all the weights of which move.
         plain = router.RoutedNetwork(self.network(), 6, obvious.settings)
         rows = {
-            "obvious": partial(self.step, obvious, take=obvious_step),
-            "ours": partial(self.step, self.routed(6)),
-            "with the leash": partial(self.step, self.routed(6, leash=0.01)),
-            "plain": partial(self.step, plain),
+            "obvious": self.steps(obvious, take=obvious_step),
+            "ours": self.steps(self.routed(6)),
+            "with the leash": self.steps(self.routed(6, leash=0.01)),
+            "plain": self.steps(plain),
         }
         if self.bf16:
-            rows["ours, bf16"] = partial(self.step, self.routed(6), bf16=True)
-            rows["plain, bf16"] = partial(self.step, plain, bf16=True)
+            rows["ours, bf16"] = self.steps(self.routed(6), bf16=True)
+            rows["plain, bf16"] = self.steps(plain, bf16=True)
         took = dict(zip(rows, self.milliseconds(*rows.values())))
         for name, ms in took.items():
             reference = "plain, bf16" if "bf16" in name else "plain"
@@ -213,7 +221,7 @@ class Benchmark:
     def growth(self, picture: bool) -> None:
         counts = (2, 4, 8, 16, 32)
         line("experts, without the leash", "ms", "/ 2 experts", "experts, MiB", "peak, MiB")
-        steps = [partial(self.step, self.routed(count)) for count in counts]
+        steps = [self.steps(self.routed(count)) for count in counts]
         took = self.milliseconds(*steps)
         for count, ms in zip(counts, took):
             line(str(count), ms, ms / took[0], *self.alone(self.memory_of_a_step, count))
@@ -223,7 +231,7 @@ class Benchmark:
     def memory_of_a_step(self, experts: int) -> tuple[float, float]:
         """Of the experts' values, and at the peak, in MiB."""
         routed = self.routed(experts)
-        self.step(routed)
+        self.steps(routed)()
         values = sum(buffer.nbytes for buffer in routed.buffers())
         return values / 2**20, self.peak_mib()
 
