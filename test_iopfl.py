@@ -3200,4 +3200,27 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     assert set(names["personal"]) == {"A", "B"}
     assert names["mask"].shape == (1, 96, 96)
     added = {row["method"] for row in rows_of(tmp_path / "runs" / "square")}
-    assert added == {"strong", "first"}
+    assert added == {"fedrep", "ft-body", "first"}
+    folder = tmp_path / "runs" / "square" / "seed0-C-fedrep"
+    saved = torch.load(folder / "last.pt", weights_only=True)["last"]
+    assert list(saved["personal_layers"]["A"]) == ["head.weight", "head.bias"]
+    check_fedrep(names["head_then_body"])
+
+
+def check_fedrep(head_then_body) -> None:
+    """One epoch in which the head alone moves, then one in which the body alone does."""
+    client = toy_clients(1)["client0"]
+    model, by_hand = tiny(), tiny()
+    start = iopfl.snapshot(model)
+    loss = head_then_body(model, client.images, client.masks, generator=seeded())
+    generator = seeded()
+    for frozen in ("encoder", "upsample", "decoder"):
+        by_hand.get_submodule(frozen).requires_grad_(False)
+    iopfl.train_local(by_hand, client.images, client.masks, generator=generator)
+    by_hand.requires_grad_(True)
+    by_hand.head.requires_grad_(False)
+    expected = iopfl.train_local(by_hand, client.images, client.masks, generator=generator)
+    assert loss == expected and same(model.state_dict(), by_hand.state_dict())
+    moved = moved_entries(start, iopfl.snapshot(model))
+    assert moved == set(start)
+    assert all(weight.requires_grad for weight in model.parameters())
