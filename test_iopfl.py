@@ -35,9 +35,9 @@ import data
 import iopfl
 import router
 import train
-from examples.testing import (
+from examples.testing import (  # noqa: F401 (fixtures are used by their names)
     ROOT, TOY, call_train, cases_of, close, copy_of_run, find_row, near, noise, randomise, rows_of,
-    same, same_bytes, save_image, seeded, toy_run)
+    same, same_bytes, same_run, save_image, seeded, toy_run)
 from models import UNet
 
 
@@ -766,6 +766,8 @@ def test_evaluate_takes_the_slices_of_a_volume_together():
     assert disc["cases"] == 2 and disc["distance_cases"] == 1
     assert disc["dice"] == pytest.approx((8 / 9 + 1) / 2)
     assert disc["assd"] == pytest.approx(3 / 9)
+    one_slice, _ = iopfl.evaluate(*masks_by_hand(), "vww", STRUCTURES, spacing)
+    assert one_slice["dice"] == pytest.approx((1 + 0) / 2)  # w: the pixel is missing
 
 
 def test_evaluate_without_distances():
@@ -2587,30 +2589,6 @@ def test_a_task_whose_structures_lack_a_class(monkeypatch):
 # ---------------------------------------------------------------- train.py, end to end
 def methods_in(run: Path, phase: str) -> set[str]:
     return {row["method"] for row in rows_of(run) if row["phase"] == phase}
-
-
-def saved_tensors(value, name="") -> dict[str, torch.Tensor]:
-    """All tensors in what torch.load returns, by their places in it."""
-    if isinstance(value, torch.Tensor):
-        return {name: value}
-    tensors = {}
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            tensors |= saved_tensors(inner, f"{name}/{key}")
-    return tensors
-
-
-def same_run(one: Path, two: Path) -> bool:
-    """Equal rows, and the bits of all models equal."""
-    files = sorted(file.relative_to(one) for file in one.glob("*/*.pt"))
-    if not files or files != sorted(file.relative_to(two) for file in two.glob("*/*.pt")):
-        return False
-    for file in files:
-        first = saved_tensors(torch.load(one / file, weights_only=True))
-        second = saved_tensors(torch.load(two / file, weights_only=True))
-        if not same(first, second):
-            return False
-    return rows_of(one) == rows_of(two)
 
 
 def test_a_run_reports_every_method(toy_run):

@@ -1,113 +1,41 @@
 """Tests of the programs in examples/."""
 
-import copy
-import dataclasses
-import gzip
-import importlib.util
-import io
 import json
-import math
 import os
 import re
 import shutil
-import struct
 import subprocess
 import sys
-import time
-import warnings
-import zlib
-from collections import OrderedDict
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import nn
 
 import data
 import iopfl
 import router
 import train
 from examples import ablations, adapt_folder, folders, own_images
-from examples.testing import *
-from models import UNet
+from examples.testing import (  # noqa: F401 (fixtures are used by their names)
+    ROOT, TOY, TOY_FOLDER, affine, call, call_train, copy_of_run, find_row, rows_of, same, same_run,
+    save_image, toy_run, write_nifti, write_site, write_volumes)
 
 
-# ---------------------------------------------------------------- own_images
-def test_images_may_move_but_not_change(tmp_path, capsys):
-    for name in "abc":
-        write_site(tmp_path / "images", name, 5)
-    run = tmp_path / "run"
-    words = ["--root", tmp_path / "images", "--methods", "iopfl", "--out", run]
-    assert call_train(*TOY_FOLDER, *words) == 0
-    (tmp_path / "images").rename(tmp_path / "moved")
-    assert call_train("--resume", run) == 2
-    assert "no such folder" in capsys.readouterr().err
-    assert call_train("--resume", run, "--root", tmp_path / "moved") == 0
-    shutil.copy(tmp_path / "moved/a/images/00.png", tmp_path / "moved/a/images/01.png")
-    assert call_train("--resume", run) == 1
-    assert "not those the run began with" in capsys.readouterr().err
+def call_own_images(*words) -> int:
+    return call(own_images.main, *words)
 
 
-@pytest.mark.parametrize("words", [["--task", "prostate"], ["--images-per-site", "60"]])
-def test_words_about_simulated_images_beside_a_root(tmp_path, capsys, words):
-    assert call_train("--root", tmp_path, *words) == 2
-    assert "are of simulated images" in capsys.readouterr().err
-
-
-def test_out_must_be_new_or_empty_and_not_among_the_images(tmp_path, capsys):
-    write_site(tmp_path / "images", "a", 4)
-    (tmp_path / "notes.txt").write_text("mine")
-    words = ["--root", tmp_path / "images", "--out"]
-    for out, part in ((tmp_path, "not empty"), (tmp_path / "notes.txt", "not empty"),
-                      (tmp_path / "images" / "b", "lies among the images")):
-        assert call_train(*words, out) == 2
-        assert part in capsys.readouterr().err
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "notes.txt"]
-
-
-def test_bad_images_end_in_one_line(tmp_path, capsys):
-    folder = write_site(tmp_path / "images", "a", 4)
-    (folder / "images" / "00.png").write_bytes(b"no image")
-    assert call_train("--root", tmp_path / "images", "--out", tmp_path / "out") == 1
-    error = capsys.readouterr().err
-    assert "00.png: not a readable image" in error and error.count("\n") == 1
-
-
-@pytest.mark.parametrize("error, status", [(KeyboardInterrupt, 130), (FloatingPointError("x"), 1)])
-def test_adapt_folder_ends_in_one_line(toy_run, tmp_path, capsys, monkeypatch, error, status):
-    def fail(*args):
-        raise error
-
-    monkeypatch.setattr(adapt_folder, "run", fail)
-    assert adapt_to(toy_run, "--simulated", "--out", tmp_path) == status
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_a_federation_without_its_models_is_told(copy_of_run, tmp_path, capsys):
-    (copy_of_run / "seed0-Rowan-plain" / "last.pt").unlink()
-    assert adapt_to(copy_of_run, "--simulated", "--out", tmp_path / "out") == 1
-    error = capsys.readouterr().err
-    assert "last.pt is missing" in error and error.count("\n") == 1
-
-
-def test_a_look_at_images(tmp_path, capsys):
-    write_site(tmp_path / "images", "a", 5)
-    words = ["--root", tmp_path / "images", "--list", "--size", "16", "--out", tmp_path / "look"]
-    assert call_train(*words) == 0
-    text = capsys.readouterr().out
-    assert "a: 5 images; cases: 3 train, 1 validation, 1 test" in text
-    assert "32 × 32" in text
-    assert re.search(r"masks resized and brought back: Dice \d+.\d %, least \d+.\d %", text)
-    assert (tmp_path / "look" / "images-hospitals.png").exists()
-
-
-# ---------------------------------------------------------------- examples
 def adapt_to(*words) -> int:
     return call(adapt_folder.main, *words)
+
+
+def the_line(capsys) -> str:
+    """What stands on stderr, which must be one line."""
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1, error
+    return error
 
 
 @pytest.fixture(scope="module")
@@ -116,8 +44,356 @@ def folder_run(tmp_path_factory) -> tuple[Path, Path]:
     root = tmp_path_factory.mktemp("folder")
     for name in "abc":
         write_site(root / "sites", name, 5, size=(20, 24), grey=True)
-    assert call_train("--root", root / "sites", *TOY_FOLDER, "--out", root / "run") == 0
+    assert call_own_images(root / "sites", *TOY_FOLDER, "--out", root / "run") == 0
     return root / "sites", root / "run"
+
+
+@pytest.fixture
+def copy_of_folder_run(folder_run, tmp_path) -> tuple[Path, Path]:
+    """Both once more, to be changed; the images have moved."""
+    sites, run = folder_run
+    shutil.copytree(sites, tmp_path / "moved")
+    shutil.copytree(run, tmp_path / "run")
+    return tmp_path / "moved", tmp_path / "run"
+
+
+# ---------------------------------------------------------------- own_images: wrong use
+@pytest.mark.parametrize("words, part", [
+    ([], "name the folder of the images, DIR"),
+    (["nowhere"], "nowhere: no such folder"),
+    ([""], "one of the words is empty"),
+    (["DIR", "--hold-out", ""], "one of the words is empty"),
+    (["DIR", "--task", "prostate"], "unrecognized arguments: --task prostate"),
+    (["DIR", "--images-per-site", "60"], "unrecognized arguments: --images-per-site 60"),
+    (["DIR", "--mask-values", "white"], "invalid int value: 'white'"),
+    (["DIR", "--rounds", "0"], "--rounds must be at least 1"),
+    (["DIR", "--size", "16"], "a is the only hospital; use --hold-out none"),
+    (["DIR", "--size", "16", "--hold-out", "none", "--methods", "bn"], "bn needs a hospital"),
+])
+def test_wrong_use_of_own_images(tmp_path, capsys, words, part):
+    """Without the refusal of an empty word, "$FOLDER" would mean what stands in its place."""
+    write_site(tmp_path / "DIR", "a", 4)
+    words = [tmp_path / "DIR" if word == "DIR" else word for word in words]
+    assert call_own_images("--out", tmp_path / "out", *words) == 2
+    assert part in the_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words", [
+    ["--root", "DIR"], ["--root=DIR"], ["--list"], ["--mask-values", "0", "255"]])
+def test_train_names_the_program_for_own_images(tmp_path, capsys, words):
+    assert call_train("--out", tmp_path / "out", *words) == 2
+    assert "python -m examples.own_images" in the_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+def test_out_must_be_new_or_empty_and_not_among_the_images(tmp_path, capsys):
+    write_site(tmp_path / "images", "a", 4)
+    (tmp_path / "notes.txt").write_text("mine")
+    for out, part in ((tmp_path, "not empty"), (tmp_path / "notes.txt", "not empty"),
+                      (tmp_path / "images" / "b", "lies among the images")):
+        assert call_own_images(tmp_path / "images", "--out", out) == 2
+        assert part in the_line(capsys)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["images", "notes.txt"]
+
+
+def test_bad_images_end_in_one_line(tmp_path, capsys):
+    folder = write_site(tmp_path / "images", "a", 4)
+    (folder / "images" / "00.png").write_bytes(b"no image")
+    assert call_own_images(tmp_path / "images", "--out", tmp_path / "out") == 1
+    assert "00.png: not a readable image" in the_line(capsys)
+
+
+def test_volumes_without_nibabel_end_in_one_line(tmp_path, capsys, monkeypatch):
+    (tmp_path / "images" / "a").mkdir(parents=True)
+    for number in range(4):
+        for ending in (".nii.gz", "_segmentation.nii.gz"):
+            (tmp_path / "images" / "a" / f"Case{number}{ending}").write_bytes(b"")
+    monkeypatch.setitem(sys.modules, "nibabel", None)
+    assert call_own_images(tmp_path / "images", "--out", tmp_path / "out") == 1
+    assert "pip install nibabel" in the_line(capsys)
+
+
+# ---------------------------------------------------------------- own_images: a look, and training
+@pytest.mark.parametrize("closed", [False, True])
+def test_a_look_at_images(tmp_path, capsys, monkeypatch, closed):
+    """Also without a stdout."""
+    write_site(tmp_path / "images", "a", 5)
+    if closed:
+        monkeypatch.setattr(sys, "stdout", None)
+    words = [tmp_path / "images", "--list", "--size", "16", "--out", tmp_path / "look"]
+    assert call_own_images(*words) == 0
+    picture, = (tmp_path / "look").iterdir()
+    assert picture.name == "images-hospitals.png"
+    drawn = np.asarray(Image.open(picture))
+    assert (drawn == train.GREEN).all(axis=2).any()  # the outlines of masks
+    text = capsys.readouterr().out
+    if not closed:
+        assert "1 hospitals, images, 3 channels" in text
+        assert "a: 5 images; cases: 3 train, 1 validation, 1 test" in text
+        assert "sizes as read    32 × 32\n" in text
+        assert re.search(r"masks resized and brought back: Dice \d+.\d %, least \d+.\d %", text)
+
+
+def test_what_a_look_prints_by_hand(tmp_path, capsys, monkeypatch):
+    """A quarter of all pixels is class 1; two sizes; without --out the picture lies in runs."""
+    monkeypatch.chdir(tmp_path)
+    for number, size in enumerate([(16, 16), (24, 32), (16, 16)]):
+        folder = write_site(tmp_path / "own", f"a/{'train val test'.split()[number]}", 1, size)
+        mask = np.zeros(size, dtype=np.uint8)
+        mask[:size[0] // 2, :size[1] // 2] = 255
+        Image.fromarray(mask).save(folder / "masks" / "00.png")
+    assert call_own_images("own", "--list", "--size", "16", "--mask-values", "0", "255") == 0
+    text = capsys.readouterr().out
+    assert "sizes as read    16 × 16 to 24 × 32" in text
+    assert "classes          75.00, 25.00 % of all pixels" in text
+    assert "brought back: Dice 100.0 %, least 100.0 %" in text
+    assert (tmp_path / "runs" / "own-hospitals.png").exists()
+
+
+def test_each_seed_splits_the_images_anew(tmp_path, monkeypatch):
+    """What stands on the command line arrives at `load_folder`."""
+    calls = []
+    load_folder = folders.load_folder
+
+    def noted(*arguments):
+        calls.append(arguments)
+        return load_folder(*arguments)
+
+    monkeypatch.setattr(folders, "load_folder", noted)
+    for name in "ab":
+        write_site(tmp_path / "sites", name, 4, values=(0, 255))
+    words = ["--mask-values", "0", "255", "--seeds", "0", "3", "--methods", "iopfl"]
+    assert call_own_images(tmp_path / "sites", *TOY_FOLDER, *words, "--out", tmp_path / "run") == 0
+    root = str((tmp_path / "sites").resolve())
+    assert calls == [(root, 16, [0, 255], 0), (root, 16, [0, 255], 3)]
+    assert {row["seed"] for row in rows_of(tmp_path / "run")} == {0, 3}
+
+
+# ---------------------------------------------------------------- own_images: going on
+def test_images_may_move_but_not_change(tmp_path, capsys):
+    for name in "abc":
+        write_site(tmp_path / "images", name, 5)
+    run = tmp_path / "run"
+    words = [tmp_path / "images", "--methods", "iopfl", "--out", run]
+    assert call_own_images(*TOY_FOLDER, *words) == 0
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert call_own_images("--resume", run) == 2
+    assert "no such folder" in capsys.readouterr().err
+    assert call_own_images(tmp_path / "moved", "--resume", run) == 0
+    shutil.copy(tmp_path / "moved/a/images/00.png", tmp_path / "moved/a/images/01.png")
+    assert call_own_images("--resume", run) == 1
+    assert "not those the run began with" in capsys.readouterr().err
+
+
+def test_a_run_on_own_images_goes_on(tmp_path, capsys, monkeypatch):
+    """Interrupted after its first round, then on to more rounds and moved images: to the same bits
+    as in one go."""
+    def interrupt(*arguments, **options):
+        raise KeyboardInterrupt
+
+    sites, parts, whole = tmp_path / "sites", tmp_path / "parts", tmp_path / "whole"
+    for name in "abc":
+        write_site(sites, name, 5)
+    words = [*TOY_FOLDER, "--hold-out", "b", "--methods", "iopfl", "routing-ours"]
+    assert call_own_images(sites, *words, "--rounds", "3", "--out", whole) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "print_round", interrupt)
+        assert call_own_images(sites, *words, "--rounds", "2", "--out", parts) == 130
+    assert f"--resume {parts} goes on" in the_line(capsys)
+    sites.rename(tmp_path / "moved")
+    assert call_own_images(tmp_path / "moved", "--resume", parts, "--rounds", "3") == 0
+    assert same_run(parts, whole)
+
+
+def test_resume_names_the_program_of_the_run(toy_run, folder_run, capsys):
+    _, own = folder_run
+    before = [(run / "config.json").read_bytes() for run in (toy_run, own)]
+    assert call_train("--resume", own) == 2
+    assert f"python -m examples.own_images --resume {own}" in the_line(capsys)
+    for words in (["--resume", toy_run], [own, "--resume", toy_run]):
+        assert call_own_images(*words) == 2
+        assert f"python train.py --resume {toy_run}" in the_line(capsys)
+    assert before == [(run / "config.json").read_bytes() for run in (toy_run, own)]
+
+
+@pytest.mark.parametrize("words, part", [
+    (["--mask-values", "0", "1"], "not --mask-values"),
+    (["--list"], "not --list"),
+    (["--size", "16"], "not --size"),
+    (["--rounds", "0"], "1 rounds are done already"),
+])
+def test_resume_of_own_images_refuses(copy_of_folder_run, capsys, words, part):
+    _, run = copy_of_folder_run
+    before = (run / "config.json").read_bytes()
+    assert call_own_images("--resume", run, *words) == 2
+    assert part in the_line(capsys)
+    assert (run / "config.json").read_bytes() == before
+
+
+def write_parts(root):
+    for name in "abc":
+        for part, count in (("train", 3), ("val", 2), ("test", 2)):
+            write_site(root, f"{name}/{part}", count, grey=True)
+
+
+def write_small_volumes(root):
+    write_volumes(root, {"a": 3, "b": 3, "c": 3})
+
+
+def move(root, source, target):
+    for kind in ("images", "masks"):
+        (root / "a" / source / kind / "01.png").rename(root / "a" / target / kind / "09.png")
+
+
+def move_to_validation(root):
+    move(root, "train", "val")
+
+
+def move_to_test(root):
+    move(root, "val", "test")
+
+
+def move_to_training(root):
+    move(root, "test", "train")
+
+
+def rename_a_hospital(root):
+    (root / "a").rename(root / "alpha")
+
+
+def enlarge_voxels(root):
+    nibabel = pytest.importorskip("nibabel")
+    for file in root.rglob("*.nii.gz"):
+        values = np.asarray(nibabel.load(file).dataobj)
+        write_nifti(file, values, affine("LPS", spacing=(1.0, 1.2, 6.0)))
+
+
+@pytest.mark.parametrize("write, change", [
+    (write_parts, move_to_validation),
+    (write_parts, move_to_test),
+    (write_parts, move_to_training),
+    (write_parts, rename_a_hospital),
+    (write_small_volumes, enlarge_voxels),
+])
+def test_what_a_run_cannot_go_on_with(tmp_path, capsys, write, change):
+    """The pixels are the same: what has changed is who trains, tests, or how long a voxel is."""
+    root, run = tmp_path / "sites", tmp_path / "run"
+    write(root)
+    assert call_own_images(root, *TOY_FOLDER, "--methods", "iopfl", "--out", run) == 0
+    change(root)
+    before = (run / "config.json").read_bytes()
+    assert call_own_images("--resume", run, "--methods", "fedavg") == 1
+    assert "start a new run" in the_line(capsys)
+    assert (run / "config.json").read_bytes() == before
+
+
+# ---------------------------------------------------------------- every program: how it ends
+PROGRAMS = {  # the main, the module of the `run` that it calls, and words that it accepts
+    "own_images": (own_images.main, train, ["IMAGES"]),
+    "adapt_folder": (adapt_folder.main, adapt_folder, ["RUN", "IMAGES", "--out", "OUT"]),
+    "ablations": (ablations.main, ablations, ["RUN"]),
+}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("error, status, part", [
+    (KeyboardInterrupt(), 130, "interrupted"),
+    (FloatingPointError("the loss is NaN"), 1, "the loss is NaN"),
+    (PermissionError(13, "Permission denied", "a/secret"), 1, "a/secret: Permission denied"),
+])
+def test_errors_end_in_one_line(tmp_path, capsys, monkeypatch, program, error, status, part):
+    def fail(*arguments):
+        raise error
+
+    main, module, words = PROGRAMS[program]
+    for name in ("IMAGES", "RUN"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(module, "run", fail)
+    assert call(main, *words) == status
+    assert part in the_line(capsys)
+
+
+@pytest.mark.parametrize("program", ["own_images", "ablations"])
+def test_a_reader_that_ends_early_is_no_error(folder_run, tmp_path, program):
+    """As under `head`: nothing on stderr."""
+    sites, run = folder_run
+    words = {
+        "own_images": [sites, "--list", "--size", "16", "--out", tmp_path],
+        "ablations": [run, "--variants", "no steps"],
+    }
+    command = [sys.executable, "-m", f"examples.{program}", *map(str, words[program])]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process.stdout.close()
+    with process.stderr as stream:
+        assert stream.read() == ""
+    assert process.wait(timeout=300) == 141
+
+
+def set_version(file, version):
+    """In a config.json, or in an adapted.json, which holds that of the run."""
+    content = json.loads(file.read_text())
+    config = content.get("config", content)
+    del config["version"]
+    if version is not None:
+        config["version"] = version
+    file.write_text(json.dumps(content))
+
+
+@pytest.mark.parametrize("version", [None, train.VERSION - 1, train.VERSION + 1])
+def test_runs_of_another_version_are_refused(copy_of_run, copy_of_folder_run, capsys, version):
+    sites, own = copy_of_folder_run
+    for run in (copy_of_run, own):
+        set_version(run / "config.json", version)
+    out = copy_of_run / "out"
+    for main, words in (
+        (train.main, ["--resume", copy_of_run]),
+        (own_images.main, ["--resume", own]),
+        (own_images.main, [sites, "--resume", own]),
+        (adapt_folder.main, [copy_of_run, "--simulated", "--out", out]),
+        (adapt_folder.main, [own / "seed0-c-plain", sites / "c/images", "--out", out]),
+        (ablations.main, [copy_of_run]),
+        (ablations.main, [own]),
+    ):
+        assert call(main, *words) == 1
+        assert "the run is of another version" in the_line(capsys)
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("version", [None, train.VERSION + 1])
+def test_what_another_version_adapted_is_refused(folder_run, tmp_path, capsys, version):
+    sites, run = folder_run
+    images, adapted, again = sites / "c" / "images", tmp_path / "adapted", tmp_path / "again"
+    assert adapt_to(run, images, "--out", adapted) == 0
+    set_version(adapted / "adapted.json", version)
+    assert adapt_to(adapted, images, "--out", again) == 1
+    assert "of another version" in the_line(capsys)
+    assert not again.exists()
+
+
+# ---------------------------------------------------------------- adapt_folder
+@pytest.mark.parametrize("threads", [0, -1, train.MOST_THREADS + 1])
+def test_adapt_folder_refuses_numbers_of_threads(folder_run, tmp_path, capsys, threads):
+    sites, run = folder_run
+    words = [sites / "c" / "images", "--threads", threads, "--out", tmp_path / "out"]
+    assert adapt_to(run, *words) == 2
+    assert f"--threads must lie between 1 and {train.MOST_THREADS}" in the_line(capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("words, threads", [(["--threads", "2"], 2), ([], 5)])
+def test_adapt_folder_has_threads_of_its_own(folder_run, tmp_path, monkeypatch, words, threads):
+    """The run had one; without the option it is torch's number, here 5."""
+    sites, run = folder_run
+    counts = []
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
+    monkeypatch.setattr(torch, "set_num_threads", counts.append)
+    images = sites / "c" / "images"
+    assert adapt_to(run, images, *words, "--out", tmp_path / "out") == 0
+    assert counts == [threads]
 
 
 def adapted_rows(out: Path) -> list[dict]:
@@ -187,6 +463,19 @@ def test_images_behind_the_options_and_masks_in_their_folder(folder_run, tmp_pat
     assert len(rows) == 5 and all("Dice class 1" in row for row in rows)
 
 
+def test_masks_of_other_grey_values_than_the_runs(folder_run, tmp_path):
+    """With --mask-values they are scored as the same masks of classes."""
+    sites, run = folder_run
+    images, masks, greys = sites / "c" / "images", sites / "c" / "masks", tmp_path / "greys"
+    for file in masks.iterdir():
+        save_image(greys / file.name, 255 * np.asarray(Image.open(file)))
+    assert adapt_to(run, images, "--masks", masks, "--out", tmp_path / "one") == 0
+    words = ["--masks", greys, "--mask-values", "0", "255"]
+    assert adapt_to(run, images, *words, "--out", tmp_path / "two") == 0
+    assert adapted_rows(tmp_path / "one") == adapted_rows(tmp_path / "two")
+    assert "Dice class 1" in adapted_rows(tmp_path / "two")[0]
+
+
 def test_masks_that_need_nibabel_are_not_scored(folder_run, tmp_path, monkeypatch, capsys):
     sites, run = folder_run
     (tmp_path / "masks").mkdir()
@@ -214,6 +503,12 @@ def test_outlines_of_both_masks_in_an_overlay(tmp_path):
     blue = (drawn == train.BLUE).all(axis=2)
     assert orange[:, :width].any() and not orange[:, width:].any()
     assert blue[:, width:].any() and not blue[:, :width].any()
+
+
+def test_a_federation_without_its_models_is_told(copy_of_run, tmp_path, capsys):
+    (copy_of_run / "seed0-Rowan-plain" / "last.pt").unlink()
+    assert adapt_to(copy_of_run, "--simulated", "--out", tmp_path / "out") == 1
+    assert "last.pt is missing" in the_line(capsys)
 
 
 def test_what_was_adapted_is_applied_again(folder_run, tmp_path, capsys):
@@ -280,7 +575,8 @@ def test_wrong_use_of_adapt_folder(folder_run, tmp_path, capsys, words, part):
 def test_adapting_to_volumes(tmp_path):
     nibabel = pytest.importorskip("nibabel")
     write_volumes(tmp_path / "sites", {"A": 4, "B": 4, "C": 4})
-    assert call_train("--root", tmp_path / "sites", *TOY_FOLDER, "--out", tmp_path / "run") == 0
+    words = [*TOY_FOLDER, "--methods", "iopfl"]
+    assert call_own_images(tmp_path / "sites", *words, "--out", tmp_path / "run") == 0
     theirs, out = tmp_path / "sites" / "C", tmp_path / "out"
     assert adapt_to(tmp_path / "run", theirs, "--masks", theirs, "--out", out) == 0
     for row in adapted_rows(out):
@@ -367,11 +663,11 @@ def test_ablations_of_other_images_are_refused(tmp_path, capsys):
     for name in "abc":
         write_site(tmp_path / "sites", name, 5)
     run = tmp_path / "run"
-    assert call_train("--root", tmp_path / "sites", *TOY_FOLDER, "--out", run) == 0
+    assert call_own_images(tmp_path / "sites", *TOY_FOLDER, "--out", run) == 0
     assert call(ablations.main, run, "--variants", "no steps") == 0
     shutil.copy(tmp_path / "sites/c/masks/00.png", tmp_path / "sites/c/masks/01.png")
     assert call(ablations.main, run, "--variants", "no steps") == 1
-    assert "the images are not those the run began with" in capsys.readouterr().err
+    assert "not those the run began with; start a new run" in capsys.readouterr().err
 
 
 def test_ablations_of_two_kinds_or_none(toy_run, tmp_path, capsys):

@@ -91,8 +91,11 @@ DIRECTIONS = {
 
 def affine(codes, spacing=(0.5, 0.6, 3.0), tilt=0.0):
     """Axes towards the letters of `codes`, voxels of `spacing` mm, turned by `tilt` about x."""
-    cos, sin = math.cos(tilt), math.sin(tilt)
-    turn = np.array([[1, 0, 0], [0, cos, -sin], [0, sin, cos]])
+    cos = math.cos(tilt)
+    sin = math.sin(tilt)
+    turn = np.eye(3)
+    turn[1] = 0, cos, -sin
+    turn[2] = 0, sin, cos
     axes = np.array([DIRECTIONS[code] for code in codes]).T
     result = np.eye(4)
     result[:3, :3] = turn @ axes * spacing
@@ -114,7 +117,9 @@ def write_volumes(root, sites, shape=(24, 20, 5), seed=0):
     x, y, z = np.meshgrid(*axes, indexing="ij")
     for name, count in sites.items():
         for number in range(count):
-            distance = np.sqrt((x - rng.uniform(-0.2, 0.2)) ** 2 + y**2 + 0.4 * z**2)
+            centre = rng.uniform(-0.2, 0.2)
+            squared = (x - centre) ** 2 + (y - 0.1) ** 2 + 0.4 * (z - 0.2) ** 2
+            distance = np.sqrt(squared)  # off the middle, so that a flipped axis shows
             inside = (distance < 0.55) & (np.abs(z) < 0.95)
             mask = inside * (1 + (y > 0))
             image = 300 * inside + rng.normal(400, 40, shape)
@@ -136,12 +141,12 @@ def cases_of(site):
 
 def same_bytes(a, b):
     """Whether two sites hold the same images, masks and cases, split by split."""
-    same = a.name == b.name and a.spacing == b.spacing
+    equal = [a.name == b.name, a.spacing == b.spacing]
     for s, t in zip(splits_of(a), splits_of(b)):
-        same = same and torch.equal(s.images, t.images)
-        same = same and torch.equal(s.masks, t.masks)
-        same = same and s.cases == t.cases
-    return same
+        equal.append(torch.equal(s.images, t.images))
+        equal.append(torch.equal(s.masks, t.masks))
+        equal.append(s.cases == t.cases)
+    return all(equal)
 
 
 # ---------------------------------------------------------------- runs
@@ -175,6 +180,33 @@ def find_row(run: Path, phase: str, method: str, site: str) -> dict:
             found.append(row)
     assert len(found) == 1
     return found[0]
+
+
+def tensors_in(value, name="") -> dict[str, torch.Tensor]:
+    """All tensors in what torch.load returns, by their places in it."""
+    if isinstance(value, torch.Tensor):
+        return {name: value}
+    tensors = {}
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            tensors |= tensors_in(inner, f"{name}/{key}")
+    return tensors
+
+
+def saved_tensors(file: Path) -> dict[str, torch.Tensor]:
+    return tensors_in(torch.load(file, weights_only=True))
+
+
+def same_run(one: Path, two: Path) -> bool:
+    """Equal rows, and the bits of all models equal."""
+    files = [file.relative_to(one) for file in one.glob("*/*.pt")]
+    others = [file.relative_to(two) for file in two.glob("*/*.pt")]
+    if not files or set(files) != set(others):
+        return False
+    for file in files:
+        if not same(saved_tensors(one / file), saved_tensors(two / file)):
+            return False
+    return rows_of(one) == rows_of(two)
 
 
 @pytest.fixture(scope="module")
