@@ -76,7 +76,7 @@ class FolderDataSet(data.DataSet):
 
 
 def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None = None,
-                seed: int = 0) -> "FolderDataSet":
+                seed: int = 0) -> FolderDataSet:
     """Real images or volumes in one of LAYOUTS, one folder a site.
 
     Images and masks become size × size, masks by the nearest pixel. Images have 1 channel if all
@@ -357,7 +357,9 @@ def load_case(site, pair, kind, values, size):
     small = resize(mask, size, Image.NEAREST)
     classes = np.unique(mask).tolist()
     loses_a_class = len(np.unique(small)) < len(classes)
-    structures = DISC_AND_CUP.values() if kind == "fundus" else [[number] for number in classes[1:]]
+    structures = [[number] for number in classes if number > 0]
+    if kind == "fundus":
+        structures = DISC_AND_CUP.values()
     dice = dice_with_itself(mask, small, structures)
 
     images = torch.from_numpy(network_input(file, pixels, size, 3, kind))
@@ -375,7 +377,7 @@ def load_case(site, pair, kind, values, size):
 def dice_with_itself(mask, small, structures):
     """Dice of a mask (n, H, W) with itself resized (n, h, w) and brought back.
 
-    Mean over structures; None if it holds background alone.
+    Mean over the structures in it; None if it holds background alone.
     """
     if not mask.any():
         return None
@@ -383,7 +385,9 @@ def dice_with_itself(mask, small, structures):
     back, _ = at_own_size(one_hot, mask.shape[1:])
     scores = []
     for classes in structures:
-        scores.append(iopfl.dice(np.isin(mask, classes), np.isin(back, classes)))
+        drawn = np.isin(mask, classes)
+        if drawn.any():
+            scores.append(iopfl.dice(drawn, np.isin(back, classes)))
     return float(np.mean(scores))
 
 

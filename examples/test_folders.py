@@ -541,6 +541,19 @@ def test_what_a_size_costs_by_hand():
     assert folders.dice_with_itself(mask, small, [[1, 2]]) == pytest.approx(2 * 32 / (33 + 32))
     wide = np.repeat(mask, 2, axis=2)
     assert folders.dice_with_itself(wide, small, [[2]]) == 1
+    # A class that is not drawn is not counted, such as the cup of some fundus photographs.
+    assert folders.dice_with_itself(mask, small, [[1], [3]]) == 0
+
+
+def test_masks_without_background_are_scored_too(tmp_path):
+    """By `resized_dice`: the mean over classes 1 and 2, or of class 1 alone."""
+    folder = write_site(tmp_path, "a", 3)
+    draw(folder, "masks/00.png", 1 + np.eye(32, dtype=np.uint8))
+    draw(folder, "masks/01.png", np.ones((32, 32), np.uint8))
+    loaded, _ = warned(tmp_path)
+    assert len(loaded.sites[0].resized_dice) == 3
+    assert np.isfinite(loaded.sites[0].resized_dice).all()
+    assert 1.0 in loaded.sites[0].resized_dice
 
 
 # ---------------------------------------------------------------- masks of fundus photographs
