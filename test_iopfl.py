@@ -463,24 +463,56 @@ def test_train_local_takes_volumes():
     assert later < first - 0.1
 
 
-def train_slowly(state, client, draw, mu, anchor):
-    """One epoch of local training from a state, written out; draw: (seed, round, client)."""
+def train_slowly(state, client, generator, mu=0, anchor=None, *, lr=1e-3, batch_size=5, epochs=1):
+    """Local training from a state, written out: the new state, and the mean of the last epoch's
+    losses without the penalty."""
     model = UNet(1, 2, 2, 1).double().train()
     model.load_state_dict(state)
-    optimiser = torch.optim.Adam(model.parameters(), lr=1e-2, amsgrad=True)
-    generator = iopfl.seeded(*draw)
-    order = torch.randperm(len(client.images), generator=generator).numpy()
-    batches = math.ceil(len(order) / 3)
-    for batch in np.array_split(order, batches):
-        logits = model(client.images[batch])
-        loss = slow_soft_dice_loss(logits, client.masks[batch])
-        for name, weight in model.named_parameters():
-            distance = (weight - anchor[name]) ** 2
-            loss = loss + mu / 2 * distance.sum()
-        optimiser.zero_grad()
-        loss.backward()
-        optimiser.step()
-    return copy.deepcopy(model.state_dict())
+    optimiser = torch.optim.Adam(model.parameters(), lr=lr, amsgrad=True)
+    for _ in range(epochs):
+        losses = []
+        order = torch.randperm(len(client.images), generator=generator).numpy()
+        for batch in np.array_split(order, math.ceil(len(order) / batch_size)):
+            logits = model(client.images[batch])
+            loss = slow_soft_dice_loss(logits, client.masks[batch])
+            losses.append(loss.item())
+            for name, weight in model.named_parameters():
+                if mu:
+                    distance = (weight - anchor[name]) ** 2
+                    loss = loss + mu / 2 * distance.sum()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+    return copy.deepcopy(model.state_dict()), np.mean(losses)
+
+
+@pytest.mark.parametrize("options", [{}, {"lr": 1e-2, "batch_size": 4, "epochs": 3}])
+@pytest.mark.parametrize("mu", [0, 0.7])
+def test_train_local_by_hand(options, mu):
+    """With the defaults too; the mode that the model was in makes no difference."""
+    client = toy_clients(4)["client3"]  # nine images
+    model = tiny().eval()
+    start = iopfl.snapshot(model)
+    found = iopfl.train_local(
+        model, client.images, client.masks, generator=seeded(3), proximal=mu, **options)
+    state, loss = train_slowly(start, client, seeded(3), mu, start, **options)
+    assert near(model.state_dict(), state) and found == pytest.approx(loss, abs=1e-10)
+
+
+def test_images_take_the_dtype_of_the_model():
+    client = toy_clients(1, torch.float32)["client0"]
+    model = tiny()
+    assert iopfl.train_local(model, client.images, client.masks, generator=seeded()) > 0
+    assert iopfl.predict(model, client.images).shape == (3, 8, 8)
+
+
+def test_with_state_makes_a_copy_that_predicts():
+    model = tiny().train()
+    before = iopfl.snapshot(model)
+    state = {entry: value + 1 for entry, value in before.items()}
+    found = iopfl.with_state(model, state)
+    assert same(found.state_dict(), state) and not found.training
+    assert same(model.state_dict(), before) and model.training
 
 
 # ---------------------------------------------------------------- iopfl.py: federations (M1)
@@ -495,53 +527,59 @@ TRAINING = train.TRAINING | {"fedprox": PROXIMAL, "ditto": train.WITH_DITTO}
 del TRAINING["centralised"]  # trains like the plain one
 
 
-def slow_round(g, kept, ditto, clients, present, training, draw):
+def slow_round(g, kept, ditto, clients, present, training, draw, options):
     """A round of any kind of training, written out."""
     personal = PERSONAL[training.personal_layers]
-    local, kept, ditto = {}, dict(kept), dict(ditto)
+    local, kept, ditto, losses = {}, dict(kept), dict(ditto), {}
     total = sum(len(clients[name].images) for name in present)
     for name in present:
-        client, draw_here = clients[name], (*draw, name)
+        client = clients[name]
         begin = dict(g)
         for entry in begin:
             if personal.fullmatch(entry):
                 begin[entry] = kept[name][entry]
-        local[name] = train_slowly(begin, client, draw_here, training.proximal, begin)
+        local[name], losses[name] = train_slowly(
+            begin, client, iopfl.seeded(*draw, name), training.proximal, begin, **options)
         if training.ditto is not None:
-            own = ditto[name]
-            ditto[name] = train_slowly(own, client, draw_here, training.ditto, g)
+            ditto[name], _ = train_slowly(
+                ditto[name], client, iopfl.seeded(*draw, name), training.ditto, g, **options)
         kept[name] = local[name]
     mean = dict.fromkeys(g, 0)
     for name in present:
         weight = len(clients[name].images) / total
         for entry in g:
             mean[entry] = mean[entry] + weight * local[name][entry]
-    return mean, local, kept, ditto
+    return mean, local, kept, ditto, losses
 
 
-@pytest.mark.parametrize("participation, drawn", [(1.0, 4), (0.5, 2), (0.01, 1)])
+@pytest.mark.parametrize("participation, drawn, options", [
+    (1.0, 4, {"lr": 1e-2, "batch_size": 3, "epochs": 2}),
+    (0.5, 2, {}),
+    (0.4, 2, {}),
+    (0.01, 1, {"lr": 1e-2}),
+])
 @pytest.mark.parametrize("name", TRAINING)
-def test_federations_by_hand(name, participation, drawn):
-    """Each round's global, local, personal layers and Ditto's models; who takes part."""
+def test_federations_by_hand(name, participation, drawn, options):
+    """Each round's models and losses; who takes part."""
     clients = toy_clients(4)
     model, training = tiny(), TRAINING[name]
     g = iopfl.snapshot(model)
     kept = dict.fromkeys(clients, g)
     ditto = dict.fromkeys(clients, g)
     presents = set()
-    options = {"seed": 2, "lr": 1e-2, "batch_size": 3}
     rounds = iopfl.federate(
-        model, clients, 3, training, participation=participation, **options)
+        model, clients, 3, training, participation=participation, seed=2, **options)
     for number, found in enumerate(rounds, start=1):
         present = list(found.local)
         presents.add(tuple(present))
         assert found.number == number and len(present) == drawn
         assert present == [client for client in clients if client in present]  # in their order
-        g, local, kept, ditto = slow_round(
-            g, kept, ditto, clients, present, training, (2, number))
+        g, local, kept, ditto, losses = slow_round(
+            g, kept, ditto, clients, present, training, (2, number), options)
         assert near(found.global_state, g)
         for client in present:
             assert near(found.local[client], local[client])
+            assert found.losses[client] == pytest.approx(losses[client], abs=1e-10)
         for client in found.ditto_models:
             assert near(found.ditto_models[client], ditto[client])
         for client in found.personal_layers:
@@ -630,10 +668,20 @@ def test_personal_layers_are_found_by_their_kind():
     statistics = ["1.running_mean", "1.running_var", "1.num_batches_tracked"]
     assert iopfl.personal_entries(model, "batchnorm") == statistics
     assert iopfl.personal_entries(model, "head") == ["3.weight", "3.bias"]
+    in_3d = nn.Sequential(nn.BatchNorm3d(2, affine=False), first)
+    assert iopfl.personal_entries(in_3d, "batchnorm")[0] == "0.running_mean"
     with pytest.raises(ValueError, match="the model has no BatchNorm"):
         iopfl.personal_entries(model[3:], "batchnorm")
     with pytest.raises(ValueError, match="personal_layers='bn' is not"):
         iopfl.personal_entries(model, "bn")
+
+
+def test_rounds_and_clients_have_generators_of_their_own():
+    """No two of them draw alike, whatever seed, round and the length of the names."""
+    triples = [(0, 1, "a"), (1, 0, "a"), (1, 1, "a"), (0, 1, "b"), (0, 2, "a"), (2, 0, "a")]
+    draws = {tuple(torch.randperm(20, generator=iopfl.seeded(*triple)).tolist())
+             for triple in triples}
+    assert len(draws) == len(triples)
 
 
 def test_clients_may_be_numbers():
@@ -755,6 +803,8 @@ def test_evaluate_by_hand():
     assert disc["dice"] == pytest.approx((1 + 0 + 1) / 3)
     assert disc["hd95"] == disc["assd"] == pytest.approx((0 + 32**0.5) / 2)
     assert cup["dice"] == 1 and cup["distance_cases"] == 1
+    swapped, _ = iopfl.evaluate(*masks_by_hand()[::-1], "abc", STRUCTURES, spacing)
+    assert swapped == disc
     spacing["b"] = (3, 4)
     disc, _ = iopfl.evaluate(*masks_by_hand(), "abc", STRUCTURES, spacing)
     assert disc["hd95"] == pytest.approx(20 / 2)
@@ -780,8 +830,11 @@ def test_evaluate_without_distances():
     disc, _ = iopfl.evaluate(prediction, target, *about, distances=False)
     assert disc["assd"] is None
     assert disc["dice"] == pytest.approx(2 / 3)
-    with pytest.raises(ValueError, match="and 2 cases"):
-        iopfl.evaluate(prediction, target, "ab", STRUCTURES, spacing)
+    for wrong in (prediction, "ab"), (prediction[:, :2], "abc"):
+        with pytest.raises(ValueError, match="evaluate: .* and . cases"):
+            iopfl.evaluate(wrong[0], target, wrong[1], STRUCTURES, spacing)
+    with pytest.raises(ValueError, match="masks of .2, 4, 4."):  # slices with a pixel's size
+        iopfl.evaluate(prediction, target, "aab", STRUCTURES, spacing)
 
 
 class CountedName(str):
