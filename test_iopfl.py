@@ -1396,7 +1396,7 @@ def test_the_first_step_is_as_long_as_the_learning_rate():
 
 def test_dropout_keeps_the_mean():
     one = router.Router(3, 1, 2, seeded()).double()
-    settings = router.RoutingSettings(softmax=False, dropout=0.5)
+    settings = router.RoutingSettings(softmax=False, dropout=0.2)
     x = noise(1, 3, 2, 2)
     many = x.expand(20000, -1, -1, -1)
     scores = one(many, settings, seeded(1)).logit()
@@ -1447,6 +1447,37 @@ def test_the_leash_is_given_the_probabilities_before_the_step_and_the_start(monk
     for one, two in zip(given, results):
         assert torch.equal(one, two)
     assert all(same(start, as_built) for start in starts)
+
+
+def test_settings_of_the_published_code_and_ours():
+    """As they are told in the README."""
+    shared = {"per_sample": True, "dropout": 0.2, "noise": 0.5, "radius": 10 / 384, "batch_size": 5}
+    ours = {
+        "softmax": True, "mix_batchnorm": True, "batch_statistics": False,
+        "consistency": 1.0, "shape": 0.02, "entropy": 0.0, "lr": 2e-4, "passes": 3, "leash": 0.01,
+    }
+    published = {
+        "softmax": False, "mix_batchnorm": False, "batch_statistics": True,
+        "consistency": 0.1, "shape": 0.004, "entropy": 25.0, "lr": 1e-3, "passes": 10,
+        "leash": None,
+    }
+    assert vars(router.RoutingSettings()) == shared | ours
+    assert vars(router.PUBLISHED) == shared | published
+
+
+def test_routers_are_drawn_as_torch_draws_linear_layers():
+    """Uniformly up to 1 / √inputs."""
+    layer = router.draw_linear(400, 30, seeded())
+    for values in layer.weight, layer.bias:
+        assert values.abs().max() <= 1 / 20
+    assert layer.weight.abs().mean().item() == pytest.approx(1 / 40, rel=0.02)
+
+
+def test_routers_that_see_no_image_follow_the_bias_alone():
+    layer = router.Router(3, 1, 2, seeded()).double()
+    settings = router.RoutingSettings(per_sample=False)
+    weights = layer(noise(4, 3, 5, 5), settings, None)
+    assert torch.equal(weights, layer.fc2.bias.softmax(dim=0).expand(4, -1))
 
 
 PART_2 = ["fit_to_site", "start_weights", "divergence", "gaussian_divergence", "running_norms",
