@@ -214,7 +214,7 @@ def federate(
     """Federated averaging (M1): yields each `Round`, from which the caller personalises (M2).
 
     model: its weights are the start g^0, also when going on, since a client that joins later takes
-    the layers it keeps, and Ditto's model, from it. Afterwards they are some client's.
+    the layers it keeps, and Ditto's model, from it. Afterwards they are those of the last client.
     clients: name → object with `images` and `masks` as `train_local` takes them.
     participation: the share of the clients, in (0, 1], that is drawn for each round.
     after: an earlier round to go on from. The result is the same to the bit, because all that is
@@ -284,10 +284,10 @@ def draw_clients(names: list, participation: float, seed: int, number: int) -> l
 
 
 def seeded(seed: int, number: int, client) -> torch.Generator:
-    """The generator of the order of a client's images in a round, from these three alone.
+    """A generator for these three alone: of the order of a client's images in a round.
 
-    client: the name, or whatever the clients are told apart by, such as a number; "all": the
-    generator of who takes part in the round.
+    client: the name, or whatever the clients are told apart by, such as a number; "all" is the
+    generator that draws who takes part in the round.
     """
     name_as_number = zlib.crc32(str(client).encode())
     mixed = np.random.SeedSequence([seed, number, name_as_number]).generate_state(1)
@@ -468,7 +468,7 @@ def check_states(states: Sequence[State], weights: Sequence[float]) -> None:
 
 
 def check_mean(mean: State, states: Sequence[State]) -> None:
-    """Name the client whose value is not finite; it made the mean so, which alone is looked at."""
+    """The mean alone is tested; where it is not finite, the client that made it so is named."""
     if not all(value.isfinite().all() for value in mean.values()):
         for client, state in enumerate(states):
             check_finite(state, f"aggregate: client {client}")

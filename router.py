@@ -58,7 +58,8 @@ class RoutingSettings:
     lr: float = 2e-4  # of Adam
     passes: int = 3  # over the images, offline
     batch_size: int = 5
-    leash: float | None = 0.01  # by what share a class's area may change (part 2); None: by any
+    # A step that changes a class's area by more than this share is half undone (part 2).
+    leash: float | None = 0.01
 
 
 # The published entropy, summed over a batch of 5 and weighted, is 10 · 5 / 2 times M8's mean. The
@@ -277,8 +278,8 @@ class RoutedBatchNorm(Routed):
 
     @torch.no_grad()
     def count(self, mean: Tensor, variance: Tensor, images: int) -> None:
-        """Merge the statistics (C,) of some images into the site's; not by squares of means, which
-        would cancel."""
+        """Merge the statistics (C,) of some images into the site's; as E[x²] - E[x]² the variance
+        would lose digits."""
         self.site_images += images
         part = images / self.site_images
         difference = mean - self.site_mean
@@ -796,8 +797,8 @@ def pull_back(routed: RoutedNetwork, images: Tensor, probabilities: Tensor,
         value.copy_(start[name])
     at_start = routed.probabilities(images)
     area = probabilities.transpose(0, 1).flatten(1).mean(dim=1)  # (C,)
-    before = at_start.transpose(0, 1).flatten(1).mean(dim=1)
-    moved = (area - before).abs() > routed.settings.leash * before
+    area_at_start = at_start.transpose(0, 1).flatten(1).mean(dim=1)
+    moved = (area - area_at_start).abs() > routed.settings.leash * area_at_start
     way = 0.5 if moved[1:].any() else 1.0  # class 0 is the background
     for name, value in routed.named_parameters():
         value.lerp_(adapted[name], way)
@@ -819,8 +820,13 @@ def check_alike(name: str, experts: list) -> None:
     """Raise ValueError where the models' modules of this name differ, or some have none."""
     kinds = set()
     for expert in experts:
-        options = expert.extra_repr() if expert is not None else ""
-        kinds.add(f"{type(expert).__name__}({options})")
+        kind = type(expert).__name__
+        if expert is not None:
+            kind += f"({expert.extra_repr()})"
+        if expert is not None and not isinstance(expert, LazyModuleMixin):  # which has no shapes
+            for entry, value in own_values(expert).items():
+                kind += f", {entry} {tuple(value.shape)} {value.dtype}"
+        kinds.add(kind)
     if len(kinds) > 1:
         raise ValueError(f"build_routed: the models differ in '{name}': {sorted(kinds)}")
 
@@ -840,6 +846,8 @@ def refuse_unroutable(name: str, layer: nn.Module) -> None:
         reason = "has a forward of its own; compile or patch only the whole model"
     elif len(list(layer.parameters())) > len(parameters):
         reason = "holds parameters beside child modules; move them into a child of their own"
+    elif own_values(layer).keys() & {"name", "current", "router", "template", "mixed"}:
+        reason = "has a parameter called as an attribute of routed layers; give it another name"
     elif isinstance(layer, nn.RNNBase):
         reason = "is recurrent; no layer that returns several tensors is routed"
     elif isinstance(layer, (nn.ParameterList, nn.ParameterDict)):
@@ -898,7 +906,7 @@ def check_output(layer: Routed, output) -> None:
 def check_maps(output, maps: list[Tensor]) -> None:
     """Raise ValueError unless a network has returned logits, alone or with others alike.
     maps: its outputs with as many axes as the images. Several channels of a sigmoid each are not
-    told from logits, and not meant."""
+    told from logits: they are not supported, and not noticed."""
     channels = {tensor.shape[1] for tensor in maps}
     if len(channels) != 1:
         found = [tuple(tensor.shape) for tensor in tensors_in(output)]
@@ -927,7 +935,8 @@ def check_routed(routed: RoutedNetwork, models: list, images: Tensor) -> None:
     is afterwards as it was. `fit_to_site` calls this; call it yourself if you leave that out."""
     if len(models) != routed.experts:
         raise ValueError(f"{len(models)} models are given, but {routed.experts} are routed")
-    settings, state = routed.settings, routed.snapshot()
+    images = checked(images)
+    settings, state, routing = routed.settings, routed.snapshot(), routed.routing
     routed.settings = RoutingSettings()  # BatchNorm is mixed, and uses running statistics
     routed.restore(routed.built)
     outputs, own_logits, routed_logits = [], [], []  # of each model, (N, C, …)
@@ -941,6 +950,7 @@ def check_routed(routed: RoutedNetwork, models: list, images: Tensor) -> None:
                 routed_logits.append(routed(images))
     finally:
         routed.settings = settings
+        routed.routing = routing
         routed.restore(state)
     if all(looks_probable(output) for output in outputs):
         raise ValueError(PROBABILITIES)

@@ -1158,6 +1158,7 @@ def test_one_hot_and_uniform_routing(name):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_networks_are_adapted(name):
     models, x = models_and_images(name)
+    models = [model.train() for model in models]  # their dropout is off all the same
     before = copy.deepcopy([model.state_dict() for model in models])
     routed = build(models, passes=1)
     router.fit_to_site(routed, models, x)
@@ -1177,7 +1178,76 @@ def test_routing_is_kept_once_for_each_layer():
     routed = build(models)
     routed(x)
     assert list(routed.routing) == ["stem", "twice", "branches.up"]
+    calls = []
+    hook = routed.network.twice.router.register_forward_hook(
+        lambda layer, inputs, weights: calls.append(weights))
+    routed(x)
+    hook.remove()
+    assert len(calls) == 2 and not torch.equal(*calls)
+    assert torch.equal(routed.routing["twice"], calls[1])
+    assert not routed.routing["twice"].requires_grad  # it would keep the graph
     assert len(routed.parts(router.Router)) == 3
+
+
+def test_what_is_learnt_is_added_to_the_mixed_parameters():
+    models = layer_models("BatchNorm2d")
+    x = layer_inputs("BatchNorm2d").detach()
+    routed = build(models)
+    before = routed(x)
+    routed.network[1].delta_bias.data += 0.3
+    assert close(routed(x), before + 0.3)
+    for model in models:
+        model[1].weight.data += 0.5
+    routed.network[1].delta_weight.data += 0.5
+    assert close(routed(x), build(models)(x) + 0.3)
+
+
+class NamedScale(Scale):
+    """A layer of somebody's own with an attribute that routed layers have too."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels)
+        self.name = "scale of the features"
+
+
+class Sized(nn.Module):
+    """A network that calls a layer with more than a tensor."""
+
+    def __init__(self, by_name: bool):
+        super().__init__()
+        self.up = nn.ConvTranspose2d(1, 2, 3, stride=2, padding=1)
+        self.scale = NamedScale(2)
+        self.by_name = by_name
+
+    def forward(self, x):
+        size = [2 * length for length in x.shape[2:]]
+        if self.by_name:
+            return self.scale(self.up(x, output_size=size))
+        return self.scale(self.up(x, size))
+
+
+@pytest.mark.parametrize("by_name", [False, True])
+def test_layers_may_be_called_with_more_than_a_tensor(by_name):
+    models, x = variants(Sized(by_name)), noise(4, 1, 5, 6)
+    routed = build(models)
+    assert routed(x).shape == (4, 2, 10, 12)
+    router.set_start(routed, torch.eye(3)[1])
+    assert close(routed(x), models[1](x))
+    assert routed.network.scale.name == "scale"
+
+
+def test_autocast_follows_torchs_rule_layer_by_layer():
+    """Convolutions in bfloat16, GroupNorm in float32, BatchNorm in what it is given."""
+    layers = [nn.Conv2d(1, 4, 3), nn.GroupNorm(2, 4), nn.Conv2d(4, 4, 3), nn.BatchNorm2d(4)]
+    models = [model.float() for model in variants(nn.Sequential(*layers, nn.Conv2d(4, 2, 1)))]
+    routed = build(models)
+    dtypes = []
+    for layer in routed.network:
+        layer.register_forward_hook(lambda layer, inputs, output: dtypes.append(output.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        routed(noise(2, 1, 8, 8).float())
+    low, full = torch.bfloat16, torch.float32
+    assert dtypes == [low, full, low, low, low]
 
 
 @pytest.mark.parametrize("mixed", [True, False])
@@ -1281,6 +1351,10 @@ def test_objective_by_hand(shape):
     expected = expected + 0.2 * router.shape_constraint(p, radius)
     loss, probabilities = router.objective(routed, x, seeded(5))
     assert torch.allclose(loss, expected, rtol=1e-12)
+    found = torch.autograd.grad(loss, list(routed.parameters()))
+    wanted = torch.autograd.grad(expected, list(routed.parameters()))
+    for one, two in zip(found, wanted):
+        assert close(one, two, 1e-12) and one.abs().max() > 0
     assert torch.equal(probabilities, p)
     assert not probabilities.requires_grad
     again = router.in_another_view(routed, x, seeded(5))
@@ -1341,10 +1415,27 @@ def test_what_is_no_image_is_refused():
             lambda: list(router.adapt_online(routed, [refused], generator=seeded())),
             lambda: router.predict(routed, refused),
             lambda: router.fit_to_site(routed, experts(), refused),
+            lambda: router.check_routed(routed, experts(), refused),
         ):
             with pytest.raises(ValueError, match="no images, or values that are not finite"):
                 use()
     assert same(routed.state_dict(), start)
+
+
+def test_offline_adaptation_by_hand():
+    """So many passes over all images in random order, by one Adam of the settings' rate."""
+    models, x = small_models(), noise(7, 1, 12, 12)
+    routed, by_hand = build(models, lr=3e-3, passes=2), build(models, lr=3e-3, passes=2)
+    found = adapted(routed, x)
+    optimiser = torch.optim.Adam(by_hand.parameters(), lr=3e-3)
+    start, generator = by_hand.snapshot(), seeded()
+    for _ in range(2):
+        order = torch.randperm(7, generator=generator)
+        for numbers in order[:4], order[4:]:
+            router.step(by_hand, x[numbers], optimiser, generator, start)
+    assert same(routed.state_dict(), by_hand.state_dict())
+    assert torch.equal(found, router.predict(by_hand, x))
+    assert not found.requires_grad and not router.predict(routed, x).requires_grad
 
 
 def test_online_predicts_each_batch_after_its_own_step():
@@ -1467,9 +1558,11 @@ def test_settings_of_the_published_code_and_ours():
 
 def test_routers_are_drawn_as_torch_draws_linear_layers():
     """Uniformly up to 1 / √inputs."""
+    random = torch.get_rng_state()
     layer = router.draw_linear(400, 30, seeded())
+    assert torch.equal(random, torch.get_rng_state())
     for values in layer.weight, layer.bias:
-        assert values.abs().max() <= 1 / 20
+        assert 1 / 40 < values.abs().max() <= 1 / 20
     assert layer.weight.abs().mean().item() == pytest.approx(1 / 40, rel=0.02)
 
 
@@ -2010,6 +2103,12 @@ def lazy(conv):
     return nn.LazyConv2d(2, 3)
 
 
+def called_name(conv):
+    scale = Scale(2)
+    scale.register_parameter("name", nn.Parameter(torch.ones(1)))
+    return scale
+
+
 class Beside(nn.Module):
     """As ConvNeXt's block: a parameter beside a child module."""
 
@@ -2053,6 +2152,7 @@ REFUSED = [
     (attention, "'0': MultiheadAttention holds parameters beside child modules"),
     (listed, "'0': ParameterList computes nothing; move its parameters into the layer"),
     (lambda conv: nn.LSTM(4, 4), "'0': LSTM is recurrent; no layer that returns several tensors"),
+    (called_name, "'0': Scale has a parameter called as an attribute of routed layers"),
     (indexed, "'0': Conv2d holds integers or complex numbers beside its parameters; compute"),
 ]
 
@@ -2071,9 +2171,11 @@ def test_build_routed_refuses_and_says_what_to_do(change, message):
 def test_build_routed_refuses_models_that_differ():
     one = nn.Sequential(nn.Conv2d(1, 2, 3), nn.Conv2d(2, 2, 1))
     wider = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Conv2d(3, 2, 1))
-    for other in wider, one[:1]:
+    for other in wider, one[:1], copy.deepcopy(one).double():
         with pytest.raises(ValueError, match="the models differ in '[01]'"):
             router.build_routed([one, other])
+    with pytest.raises(ValueError, match="differ in '': .*gamma .4, 1, 1. torch.float32"):
+        router.build_routed([Scale(3), Scale(4)])
 
 
 class Windows(nn.Module):
@@ -2260,9 +2362,9 @@ def test_the_check_leaves_everything_as_it_was(settings):
     routed = build(models, **settings)
     router.fit_to_site(routed, models, x, share=0.4)
     adapted(routed, x)
-    state = copy.deepcopy(routed.state_dict())
+    state, routing = copy.deepcopy(routed.state_dict()), routed.routing
     router.check_routed(routed, models, x[:2])
-    assert same(routed.state_dict(), state)
+    assert same(routed.state_dict(), state) and routed.routing is routing
     assert routed.settings == router.RoutingSettings(**settings)
     with pytest.raises(ValueError, match="is not itself"):
         router.check_routed(routed, models[::-1], x[:2])
@@ -3205,16 +3307,19 @@ def test_curves_show_one_round_and_many_hospitals(tmp_path):
 
 def test_names_in_other_letters_are_numbered_in_pictures(tmp_path, capsys, monkeypatch):
     """The font of the pictures has Latin letters alone."""
-    hospitals = dict(zip(["Zürich", "北京", "Клиника"], data.PROSTATE_HOSPITALS.values()))
+    names = ["Zürich", "北京", "Клиника", "Zurich", "hospital A"]
+    hospitals = dict(zip(names, data.PROSTATE_HOSPITALS.values()))
     task = dataclasses.replace(data.TASKS["prostate"], hospitals=hospitals)
     monkeypatch.setitem(data.TASKS, "prostate", task)
     labels = train.labels_of(data.simulate_sites("prostate", 0, 16, 4))
-    assert labels == {"Zürich": "Zurich", "北京": "hospital 2", "Клиника": "hospital 3"}
+    shown = ["Zurich", "hospital 2", "hospital 3", "hospital 4", "hospital A"]
+    assert labels == dict(zip(names, shown))
     words = ["--methods", "routing-ours", "--out", tmp_path]
     assert call_train(*TOY, *words) == 0
     text = capsys.readouterr().out
-    assert "in pictures 'hospital 2' is 北京\nin pictures 'hospital 3' is Клиника\n" in text
-    assert "Zurich" not in text
+    told = [line for line in text.split("\n") if line.startswith("in pictures")]
+    assert told == ["in pictures 'hospital 2' is 北京", "in pictures 'hospital 3' is Клиника",
+                    "in pictures 'hospital 4' is Zurich"]
 
 
 def test_the_palette_has_256_colours():

@@ -240,8 +240,8 @@ WITH_DITTO = iopfl.Training(ditto=0.1)  # the plain federation, with Ditto's mod
 
 
 class Inside(NamedTuple):
-    """A method inside: `fedavg`, `fedavg-ft`, `iopfl` and `ditto` all come from one plain
-    federation."""
+    """A method inside. Several may be scored from one federation: `fedavg`, `fedavg-ft`, `iopfl`
+    and `ditto` all come from the plain one."""
 
     training: str  # the key of TRAINING whose federation is scored
     state: Callable = shared  # which of its states serves a hospital
@@ -559,7 +559,7 @@ def scores_of_round(federation: Federation, model, progress: Progress) -> dict:
     entry = {"round": last.number, "losses": last.losses}
     if last.number % 5 == 0:
         methods = methods_of(federation.training, list(INSIDE))
-        if federation.training == "plain":  # the others have one method each
+        if federation.training == "plain":  # of many methods two are enough
             methods = ["fedavg", "iopfl"]
         entry["validation"] = {}
         for method in methods:
@@ -586,6 +586,7 @@ def report(args, unit: str, results: list[dict], folder: Path) -> None:
         print("\nOutside, all images of the hospital held out: Dice in %")
         print(table(outside, unit))
     peak = peak_memory_mib(args.device)
+    memory = "" if peak is None else f", at most {peak} MiB"
     machine = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -596,7 +597,7 @@ def report(args, unit: str, results: list[dict], folder: Path) -> None:
     }
     content = {"config": load_config(folder), "machine": machine, "seconds": seconds}
     save(folder / "results.json", content | {"history": history, "rows": rows})
-    print(f"\n{seconds:.0f} s, at most {peak} MiB. Models, pictures and results.json: {folder}")
+    print(f"\n{seconds:.0f} s{memory}. Models, pictures and results.json: {folder}")
 
 
 def peak_memory_mib(device: str) -> int | None:
@@ -699,7 +700,7 @@ def open_run(args, dataset: data.DataSet) -> Path:
         device = torch.cuda.get_device_name()
     print(f"{len(dataset.sites)} hospitals, {dataset.kind}; on {device}; into {folder}")
     for name, label in labels.items():
-        if label.startswith(NUMBERED):
+        if label.startswith(NUMBERED) and label != name:
             print(f"in pictures '{label}' is {name}")
     return folder
 
@@ -795,7 +796,7 @@ def save(file: Path, content: dict) -> None:
 
 def write_whole(file: Path, buffer: io.BytesIO) -> None:
     """Write a file: whatever happens, it is whole, or what it was before."""
-    partial = file.with_name(file.name + ".partial")
+    partial = file.with_name(f"{file.name}.{os.getpid()}.partial")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with open(partial, "wb") as stream:
@@ -845,13 +846,15 @@ NUMBERED = "hospital "
 
 
 def labels_of(dataset: data.DataSet) -> dict[str, str]:
-    """By hospital what pictures call it: its name, without accents, or in other letters than Latin,
-    which their font does not have, its number."""
+    """By hospital what pictures call it: its name without accents; or a number, where the name has
+    other letters than Latin, which their font does not have, or another hospital is called so."""
     labels = {}
     for number, site in enumerate(dataset.sites, start=1):
         letters = unicodedata.normalize("NFKD", site.name)
         plain = "".join(letter for letter in letters if not unicodedata.combining(letter))
-        labels[site.name] = plain if plain.isascii() else f"{NUMBERED}{number}"
+        if not plain.isascii() or plain in labels.values():
+            plain = f"{NUMBERED}{number}"
+        labels[site.name] = plain
     return labels
 
 
@@ -1096,7 +1099,9 @@ def parse_training(parser: Parser, argv: list[str] | None, images,
     add("--resume", metavar="RUN", help="go on with the run in this folder, with its settings; "
         f"beside it only {as_options(MAY_CHANGE)}")
     args = parser.parse_args(argv)
-    nothing = argparse.Namespace(**dict.fromkeys(vars(args)))  # argparse leaves what is there
+    # argparse sets no default where a value is there already, be it None: what is not None after a
+    # second pass was given.
+    nothing = argparse.Namespace(**dict.fromkeys(vars(args)))
     given = vars(parser.parse_args(argv, nothing))
     given = {name: value for name, value in given.items() if value is not None}
     if args.resume:
@@ -1120,7 +1125,7 @@ def settings_of_run(args, given: dict, may_change: tuple, parser: Parser) -> arg
              f"{program} --resume {folder}", 2)
     refused = given.keys() - {"resume", *may_change}
     if refused:
-        parser.error(f"beside --resume only {as_options(may_change)} may be given, "
+        parser.error(f"beside --resume only {as_options(MAY_CHANGE)} may be given, "
                      f"not {as_options(sorted(refused))}")
     if "rounds" in given and given["rounds"] < rounds_done(folder):
         parser.error(f"--rounds: {rounds_done(folder)} rounds are done already")

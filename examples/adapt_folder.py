@@ -148,13 +148,13 @@ def open_adapted(folder: Path, device: str) -> Trained:
 
 def finished_federations(run: Path) -> list[Path]:
     """The federations of a run whose models can be routed; a folder of one is that one."""
-    folders = [run, *sorted(run.glob("seed*"))]
-    plain = [folder for folder in folders if folder.name.endswith("-plain")]
+    candidates = [run, *sorted(run.glob("seed*"))]
+    plain = [folder for folder in candidates if folder.name.endswith("-plain")]
     return [folder for folder in plain if (folder / "rows.json").exists()]
 
 
 def find_federation(run: Path) -> Path:
-    """The only one of them."""
+    """The only finished federation of a run; several, or none, end in one line."""
     finished = finished_federations(run)
     if not finished:
         train.stop(f"{run}: no finished federation seed…-plain of train.py", 2)
@@ -372,6 +372,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--simulated", action="store_true", help="draw new images of the run's hospital outside")
     add("--threads", type=int, default=torch.get_num_threads(), help="on the CPU")
     args = parser.parse_intermixed_args(argv)  # IMAGES may stand behind the options
+    for name in ("run", "images", "masks", "out"):
+        if getattr(args, name):
+            path = Path(getattr(args, name)).expanduser()
+            setattr(args, name, str(path.resolve()))
     if not 1 <= args.threads <= train.MOST_THREADS:
         parser.error(f"--threads must lie between 1 and {train.MOST_THREADS}")
     if (args.images is None) != args.simulated:
@@ -385,10 +389,6 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
             parser.error(f"{folder}: no such folder")
     if args.online and (Path(args.run) / "adapted.json").exists():
         parser.error(f"{args.run} was adapted before and is used as it is; leave out --online")
-    for name in ("images", "masks", "out"):
-        if getattr(args, name):
-            path = Path(getattr(args, name)).expanduser()
-            setattr(args, name, str(path.resolve()))
     train.check_out(Path(args.out), args.images, parser)
     return args
 
