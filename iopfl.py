@@ -436,6 +436,8 @@ def check_training(images: Tensor, masks: Tensor, epochs: int) -> None:
     if masks.is_floating_point():  # of masks in 0 … 1 the rest would become background
         raise ValueError(f"train_local: masks of {masks.dtype}; give class indices 0, 1 … of an "
                          "integer type, such as masks.long()")
+    if masks.min() < 0:
+        raise ValueError(f"train_local: the masks hold class {int(masks.min())}, not 0, 1 …")
 
 
 def check_classes(logits: Tensor, highest_class: int) -> None:

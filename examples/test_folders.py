@@ -1083,12 +1083,6 @@ def test_written_masks_are_like_their_volume(tmp_path, version):
     assert written.header["cal_min"] == written.header["cal_max"] == 0  # the grey window
 
 
-def test_normalise():
-    large = np.array([[0, 1e30], [2e30, 1e30]], dtype=np.float32)  # squares overflow float32
-    assert data.normalise(large) == pytest.approx(data.normalise(large / 1e30), abs=1e-6)
-    assert not data.normalise(np.full((3, 3), 7.0)).any()
-
-
 # ---------------------------------------------------------------- what is refused: folders
 @pytest.fixture
 def two_sites(tmp_path):
