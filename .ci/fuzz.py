@@ -58,8 +58,9 @@ MORE = [
     [], ROUTING, ["--hold-out", "none", "--methods", "iopfl", "fedavg"], ["--hold-out", "all"],
     ["--precision", "bf16", *ROUTING], ["--mask-values", "0", "1"], ["--participation", "0.5"],
     ["--list"]]
-RESUMED = [[], [], [], ["--rounds", "3"], ["--methods", "ensemble", "fedbn"], ["--seeds", "2"],
-           ["--rounds", "1"], ["--size", "24"]]
+RESUMED = [
+    *[[]] * 6, ["--rounds", "3"], ["--methods", "ensemble", "fedbn"], ["--seeds", "2"],
+    ["--rounds", "1"], ["--size", "24"]]
 ADAPTED = [[], [], [], ["--online"]]
 # Options and their values, at random.
 OPTIONS = """size width depth lr alpha rounds seeds participation batch-size images-per-site methods
@@ -130,7 +131,7 @@ def write_fundus(folder: Path, number: int) -> None:
 def damage(file: Path, other: Path, rng: random.Random) -> None:
     """Cut or changed, another file's content, replaced by what is no file, renamed, repainted."""
     old = file.read_bytes()
-    way = rng.choice(["content", "no file", "renamed", *["repainted"] * 4])
+    way = rng.choice(["bytes", "another's", "no file", "renamed", *["repainted"] * 4])
     if way == "repainted" and file.suffix in ENDINGS:
         repaint(file, rng)
     elif way == "renamed":
@@ -138,14 +139,15 @@ def damage(file: Path, other: Path, rng: random.Random) -> None:
     elif way == "no file":
         file.unlink()
         rng.choice(INSTEAD)(file)
+    elif way == "another's":
+        file.write_bytes(other.read_bytes())
     else:
         changed = bytearray(old)
         end = min(len(old), rng.choice([64, len(old)]))  # often of the header
         for _ in range(rng.choice([1, 3, 30])):
             changed[rng.randrange(end)] = rng.choice([0, 255, rng.randrange(256)])
         cut = old[:rng.randrange(len(old))]
-        contents = [changed, changed, cut, b"", rng.randbytes(99), other.read_bytes()]
-        file.write_bytes(rng.choice(contents))
+        file.write_bytes(rng.choice([changed, changed, cut, b"", rng.randbytes(99)]))
 
 
 def repaint(file: Path, rng: random.Random) -> None:
@@ -214,10 +216,11 @@ def make_case(rng: random.Random, sound: Path, place: Path) -> Case:
     (work / "full/folder").mkdir(parents=True)
     (work / "file").touch()
     outs = [work / "full", work / "file", work / "file/out", root / "c/out"]
-    case = Case(rng.choice([*KINDS]), sound, place, rng.choice([*outs, *[work / "out"] * 24]))
-    shutil.copytree(sound / case.kind, root)
-    makers = [*[train_on] * 3, *[adapt_to] * 3, go_on, choose_options]
-    rng.choice(makers)(case, rng)
+    make = rng.choice([*[train_on] * 3, *[adapt_to] * 3, go_on, choose_options])
+    kind = "plain" if make is go_on else rng.choice([*KINDS])
+    case = Case(kind, sound, place, rng.choice([*outs, *[work / "out"] * 24]))
+    shutil.copytree(sound / kind, root)
+    make(case, rng)
     with suppress(OSError, ValueError, LookupError):  # no more damage is possible
         for _ in range(rng.choice([0, 0, 1, 3])):
             files = sorted(file for file in (root / "c").rglob("*") if file.is_file())
@@ -256,8 +259,12 @@ def go_on(case: Case, rng: random.Random) -> None:
     case.out = shutil.copytree(case.sound / "half", case.place / "work/out")
     options = rng.choice(RESUMED)
     case.in_one_go = not options
-    moved = [case.place / "root"] if case.kind == "plain" or rng.random() < 0.2 else []
-    case.argv = [*moved, "--resume", case.out, *options]
+    moved = case.place / "root"
+    where = rng.choice([[], [moved], [moved], [moved], [case.sound / "greys"]])
+    case.argv = [*where, "--resume", case.out, *options]
+    if rng.random() < 0.3:  # another image in the moved folder, which must be refused
+        first, second, *_ = sorted(case.images.iterdir())
+        first.write_bytes(second.read_bytes())
     change_version(case, case.out, rng)
 
 
