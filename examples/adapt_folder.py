@@ -176,8 +176,10 @@ def load_models(federation: Path, config: dict, device: str) -> dict:
     if progress.last is None:
         train.stop(f"{federation}/last.pt is missing", 1)
     if progress.last.number < config["settings"]["rounds"]:
+        own_images = "root" in config["settings"]
+        program = "python -m examples.own_images" if own_images else "python train.py"
         train.stop(f"{federation}: interrupted after round {progress.last.number}; go on by "
-                   "train.py --resume", 1)
+                   f"{program} --resume {federation.parent}", 1)
     return train.routed_models(empty_model(config, device), progress)
 
 

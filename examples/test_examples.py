@@ -699,6 +699,15 @@ def test_a_federation_on_its_way_to_more_rounds_is_not_used(copy_of_run, tmp_pat
     assert "interrupted after round 2" in capsys.readouterr().err
 
 
+def test_an_interrupted_run_of_own_images_names_its_program(copy_of_folder_run, tmp_path, capsys):
+    sites, run = copy_of_folder_run
+    config = json.loads((run / "config.json").read_text())
+    config["settings"]["rounds"] = 4
+    (run / "config.json").write_text(json.dumps(config))
+    assert adapt_to(run, sites / "c" / "images", "--out", tmp_path / "out") == 1
+    assert f"python -m examples.own_images --resume {run}" in the_line(capsys)
+
+
 def test_sign_test_by_hand():
     assert ablations.sign_test(5, 0) == pytest.approx(2 / 32)
     assert ablations.sign_test(2, 2) == 1 and ablations.sign_test(0, 0) == 1
