@@ -570,7 +570,11 @@ def build_routed(models: list[nn.Module], settings: RoutingSettings = RoutingSet
 def logits_of(output, axes: int) -> Tensor:
     """The logits (N, C, …), C at least 2, in what a network returns for images of so many axes.
     One channel z becomes two, 0 and z, whose softmax is the sigmoid of z."""
-    logits = main_output(output, axes)
+    return two_channels(main_output(output, axes))
+
+
+def two_channels(logits: Tensor) -> Tensor:
+    """Logits (N, C, …), to which those of a background are added, 0, where C is 1."""
     if logits.shape[1] == 1:
         return torch.cat([torch.zeros_like(logits), logits], dim=1)
     return logits
@@ -943,9 +947,9 @@ def check_routed(routed: RoutedNetwork, models: list, images: Tensor) -> None:
     try:
         with torch.autocast(images.device.type, enabled=False):
             for number, model in enumerate(models):
-                output = evaluation_copy(model)(images)
-                outputs.append(main_output(output, images.ndim))
-                own_logits.append(logits_of(output, images.ndim))
+                output = main_output(evaluation_copy(model)(images), images.ndim)
+                outputs.append(output)
+                own_logits.append(two_channels(output))
                 set_start(routed, torch.eye(len(models))[number])
                 routed_logits.append(routed(images))
     finally:

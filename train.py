@@ -689,7 +689,7 @@ def open_run(args, dataset: data.DataSet) -> Path:
     config = {"version": VERSION, "settings": settings, "data": facts}
     if args.resume:
         folder = Path(args.resume)
-        check_images(folder, dataset)
+        check_images(folder, facts["fingerprint"])
         save(folder / "config.json", config)
     else:
         folder = claim_folder(args.out, dataset.name, config)
@@ -735,9 +735,9 @@ def new_folder(name: str) -> Path:
             continue
 
 
-def check_images(folder: Path, dataset: data.DataSet) -> None:
-    """Stop unless these are the images of a run, read with its first seed."""
-    if load_config(folder)["data"]["fingerprint"] != dataset.fingerprint():
+def check_images(folder: Path, fingerprint: str) -> None:
+    """Stop unless this is the fingerprint of a run's images, read with its first seed."""
+    if load_config(folder)["data"]["fingerprint"] != fingerprint:
         stop(f"{folder}: the images, their names, splits or voxel sizes are not those the run "
              "began with; start a new run", 1)
 
@@ -1120,21 +1120,27 @@ def settings_of_run(args, given: dict, may_change: tuple, parser: Parser) -> arg
     saved = load_config(folder)["settings"]
     own_images = "root" in saved
     if own_images != hasattr(args, "root"):
-        program = "python -m examples.own_images" if own_images else "python train.py"
-        stop(f"the run's images are {'files' if own_images else 'simulated'}: "
-             f"{program} --resume {folder}", 2)
+        images = "files" if own_images else "simulated"
+        stop(f"the run's images are {images}: {program_of(saved)} --resume {folder}", 2)
     refused = given.keys() - {"resume", *may_change}
     if refused:
         parser.error(f"beside --resume only {as_options(MAY_CHANGE)} may be given, "
                      f"not {as_options(sorted(refused))}")
-    if "rounds" in given and given["rounds"] < rounds_done(folder):
-        parser.error(f"--rounds: {rounds_done(folder)} rounds are done already")
+    if "rounds" in given:
+        done = rounds_done(folder)
+        if given["rounds"] < done:
+            parser.error(f"--rounds: {done} rounds are done already")
     if "ditto" in named_methods(given.get("methods", [])) and "ditto" not in saved["methods"]:
         parser.error("--methods: ditto has models from the first round on; start a new run")
     for name in ("seeds", "methods"):
         given[name] = saved[name] + given.get(name, [])
     settings = saved | given | {"resume": str(folder)}
     return argparse.Namespace(**settings)
+
+
+def program_of(settings: dict) -> str:
+    """The program that goes on with a run of these settings."""
+    return "python -m examples.own_images" if "root" in settings else "python train.py"
 
 
 def as_options(names) -> str:

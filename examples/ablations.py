@@ -23,7 +23,7 @@ from torch import Tensor
 import iopfl
 import router
 import train
-from examples.adapt_folder import finished_federations, load_models
+from examples.adapt_folder import finished_federations, load_models, tuned
 from examples.own_images import images_of_run
 
 # Changes of the settings, of where routing starts (`fit`), of what is routed, or of the order.
@@ -129,7 +129,7 @@ def open_federations(run: Path) -> list[train.Federation]:
         if seed not in datasets:
             datasets[seed] = images_of_run(settings, seed)
             if seed == settings.seeds[0]:
-                train.check_images(run, datasets[seed])
+                train.check_images(run, datasets[seed].fingerprint())
         dataset = datasets[seed]
         found.append(train.Federation(settings, dataset, seed, hold_out, "plain", folder))
     return found
@@ -190,12 +190,7 @@ def route(
     routed = router.build_routed(models, routing_settings, train.new_generator(seed))
     options.update(fit)
     router.fit_to_site(routed, models, seen, **options)
-    generator = train.new_generator(seed, images.device)
-    if online:
-        batches = router.in_batches(images, routing_settings.batch_size)
-        stream = router.adapt_online(routed, batches, generator=generator)
-        return torch.cat(list(stream))
-    return router.adapt(routed, images, generator=generator)
+    return tuned(routed, images, seed, online)
 
 
 # ---------------------------------------------------------------- inside

@@ -176,8 +176,7 @@ def load_models(federation: Path, config: dict, device: str) -> dict:
     if progress.last is None:
         train.stop(f"{federation}/last.pt is missing", 1)
     if progress.last.number < config["settings"]["rounds"]:
-        own_images = "root" in config["settings"]
-        program = "python -m examples.own_images" if own_images else "python train.py"
+        program = train.program_of(config["settings"])
         train.stop(f"{federation}: interrupted after round {progress.last.number}; go on by "
                    f"{program} --resume {federation.parent}", 1)
     return train.routed_models(empty_model(config, device), progress)
@@ -262,12 +261,17 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
     if settings is not router.PUBLISHED:
         seen = router.in_batches(images, settings.batch_size)[0] if online else images
         router.fit_to_site(routed, trained.models, seen, online=online)
-    generator = train.new_generator(trained.seed, images.device)
-    if online:
-        batches = router.in_batches(images, settings.batch_size)
-        stream = router.adapt_online(routed, batches, generator=generator)
-        return routed, torch.cat(list(stream))
-    return routed, router.adapt(routed, images, generator=generator)
+    return routed, tuned(routed, images, trained.seed, online)
+
+
+def tuned(routed, images: Tensor, seed: int, online: bool) -> Tensor:
+    """Adapt a routed network, offline or batch by batch; return probabilities (N, C, H, W)."""
+    if not online:
+        return train.adapted(routed, images, seed).probabilities
+    batches = router.in_batches(images, routed.settings.batch_size)
+    generator = train.new_generator(seed, images.device)
+    stream = router.adapt_online(routed, batches, generator=generator)
+    return torch.cat(list(stream))
 
 
 @torch.no_grad()
