@@ -675,7 +675,7 @@ def distinct(rows: list[dict], key: str) -> list:
 
 
 # ---------------------------------------------------------------- saving and resuming
-VERSION = 2  # of the files in the folder of a run
+VERSION = 3  # of the files in the folder of a run
 
 
 def open_run(args, dataset: data.DataSet) -> Path:

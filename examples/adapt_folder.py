@@ -13,6 +13,7 @@ layer), adapted.json and adapted.pt. Exit status 1: an image was left out.
 """
 
 import argparse
+import gzip
 import io
 import sys
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor, nn
 
@@ -61,17 +63,17 @@ def run(args: argparse.Namespace) -> int:
     train.draw_heat_map(weights, trained.experts, out / "routing.png")
     train.save(out / "adapted.pt", iopfl.snapshot(routed))
 
-    rows = []
+    rows, scorer = [], Scorer(facts)
     start = 0
     for (file, mask_file), seen in zip(pairs, inputs):
         part = slice(start, start + len(seen))  # a volume has an input for each of its slices
         start += len(seen)
         pixels, affine = folders.read_file(file)  # (n, H, W, channels)
         own_size = pixels.shape[1:3]
-        mask, maps = folders.at_own_size(probabilities[part], own_size)
+        mask, maps = at_own_size(probabilities[part], own_size)
         outlines = [(mask, train.BLUE)]
         if by_global is not None:
-            unadapted = folders.at_own_size(by_global[part], own_size)[0]
+            unadapted = at_own_size(by_global[part], own_size)[0]
             outlines.insert(0, (unadapted, train.ORANGE))
         write_mask(file, mask, out)
         draw_overlay(pixels, outlines, out / "overlays" / f"{folders.stem(file)}.png")
@@ -80,8 +82,9 @@ def run(args: argparse.Namespace) -> int:
         row = {"file": file.name, "foreground": float((mask > 0).mean())}
         row["confidence"] = confidence(overlaps[part])
         if mask_file:
-            row |= dice_of_file(mask_file, affine, mask, facts)
+            row |= scorer.dice(file, mask_file, affine, mask)
         rows.append(row)
+    scorer.warn_if_inside_out()
     report(rows, weights, trained, out)
     print(f"{len(pairs)} files, {left_out} left out. Masks and overlays: {out}")
     return left_out
@@ -301,16 +304,42 @@ def confidence(overlaps: Tensor) -> float:
 
 
 # ---------------------------------------------------------------- masks out
+def at_own_size(probabilities: Tensor, size: tuple) -> tuple[np.ndarray, np.ndarray]:
+    """Probabilities (n, C, h, w) at the size (H, W) of the file.
+
+    Returns the mask (n, H, W), uint8, and the probabilities (n, C, H, W), float16.
+    """
+    masks, maps = [], []
+    for plane in probabilities.split(1):  # all at once need much memory
+        large = F.interpolate(plane, size, mode="bilinear").cpu()  # (1, C, H, W)
+        masks.append(large.argmax(dim=1).byte().numpy())
+        maps.append(large.half().numpy())
+    return np.concatenate(masks), np.concatenate(maps)
+
+
 def write_mask(file: Path, mask: np.ndarray, out: Path) -> None:
     """The mask (n, H, W) of an image or volume, in the folder masks."""
     name = folders.stem(file)
     if folders.is_volume(file):
-        volume = io.BytesIO(folders.mask_volume(mask, file))
+        volume = io.BytesIO(mask_volume(mask, file))
         train.write_whole(out / "masks" / f"{name}.nii.gz", volume)
     else:
         image = Image.fromarray(mask[0])  # its values are class indices …
         image.putpalette(train.PALETTE)  # … and shown in colours
         train.save_image(image, out / "masks" / f"{name}.png")
+
+
+def mask_volume(mask: np.ndarray, like: Path) -> bytes:
+    """A .nii.gz file of a mask in the order of `read_volume`, with axes and affine of `like`."""
+    import nibabel
+    file = nibabel.load(like)  # the header alone
+    _, to_its_own = folders.axis_changes(file.affine)
+    mask = nibabel.orientations.apply_orientation(mask.astype(np.uint8), to_its_own)
+    header = file.header.copy()
+    header.set_data_dtype(np.uint8)
+    header["cal_min"] = header["cal_max"] = 0  # the grey window of the volume would hide a mask
+    volume = type(file)(mask, file.affine, header)
+    return gzip.compress(volume.to_bytes(), mtime=0)  # the same mask, the same bytes
 
 
 def write_probabilities(file: Path, maps: np.ndarray, out: Path) -> None:
@@ -321,20 +350,39 @@ def write_probabilities(file: Path, maps: np.ndarray, out: Path) -> None:
     train.write_whole(out / "probabilities" / f"{folders.stem(file)}.npy", buffer)
 
 
-def dice_of_file(mask_file: Path, affine, mask, facts: dict) -> dict:
-    """Dice of each structure of a mask (n, H, W) against a mask file; {} if that is of no use."""
-    kind, values, classes = facts["kind"], facts.get("mask_values"), facts["classes"]
-    try:
-        truth = folders.read_mask(mask_file, mask.shape, kind, values, affine, classes)
-    except (ValueError, OSError, ImportError) as error:
-        train.show_warning(f"not scored: {error}")
-        return {}
-    row = {}
-    for structure, its_classes in facts["structures"].items():
-        predicted = np.isin(mask, its_classes)
-        true = np.isin(truth, its_classes)
-        row[f"Dice {structure}"] = iopfl.dice(predicted, true)
-    return row
+class Scorer:
+    """Compares masks with mask files, which belong to one data set.
+
+    facts: of the images, the "data" of config.json.
+    """
+
+    def __init__(self, facts: dict):
+        self.facts = facts
+        self.colours = {}  # of palettes so far, see `folders.check_palette`
+        self.background = []  # its share of each mask file's border
+
+    def dice(self, file: Path, mask_file: Path, affine, mask: np.ndarray) -> dict:
+        """Dice of each structure of the mask (n, H, W) of a file; {} if its mask file is no use."""
+        kind, classes = self.facts["kind"], self.facts["classes"]
+        values = self.facts.get("mask_values")
+        try:
+            truth = folders.read_mask(mask_file, mask.shape, kind, values, affine, classes, file)
+            folders.check_palette(mask_file, self.colours)
+        except (ValueError, OSError, ImportError) as error:
+            train.show_warning(f"not scored: {error}")
+            return {}
+        self.background.append(np.mean(folders.border_of(truth) == 0))
+        row = {}
+        for structure, its_classes in self.facts["structures"].items():
+            predicted = np.isin(mask, its_classes)
+            true = np.isin(truth, its_classes)
+            row[f"Dice {structure}"] = iopfl.dice(predicted, true)
+        return row
+
+    def warn_if_inside_out(self) -> None:
+        if self.facts.get("mask_values") and self.background and np.mean(self.background) < 0.1:
+            train.show_warning("less than a tenth of the border of the masks is background: if they "
+                               "are inside out, give the value outside first: --mask-values")
 
 
 def draw_overlay(pixels: np.ndarray, outlines: list[tuple], file: Path) -> None:

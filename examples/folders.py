@@ -3,24 +3,37 @@
 `load_folder` makes a `data.DataSet` of folders, one a hospital; `read_file`, `read_mask` and
 `network_input` read single files; `mask_volume` writes a mask. Volumes need nibabel, which is
 imported where it is used.
+
+What is read, by a file's content and not by its name; all else is refused:
+
+           formats                                       pixels
+    images PNG, JPEG, BMP, TIFF (one page; stored raw,   grey of 1, 8 or 16 bits, unsigned; RGB of
+           or by LZW, deflate or PackBits; little-       8 bits; alpha that is opaque everywhere; a
+           endian where a sample has 16 bits)            palette, as its colours
+    masks  PNG, BMP, TIFF, as above                      as above, if all channels are equal; a
+                                                         palette, as greys if it has greys alone,
+                                                         else as indices of the same colours in all
+                                                         masks
+    volumes NIfTI-1, NIfTI-2: .nii, .nii.gz              real numbers in 3-D, or 4-D of one frame
 """
 
 import gzip
+import os
 import re
+import unicodedata
 import warnings
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mode
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy import ndarray
 from PIL import Image, ImageOps
-from torch import Tensor
 
 import data
-import iopfl
 from data import DISC_AND_CUP, PROSTATE
 
 
@@ -47,23 +60,14 @@ PARTS = {  # the folders of a site that is split, and other names of theirs
 }
 FUNDUS_VALUES = [255, 128, 0]  # background, rim, cup
 MOST_CLASSES = 32
+SEGMENTATION = re.compile("_segmentation$", re.IGNORECASE)  # of the name of a mask
 SMOOTHED = "threshold it and save it as PNG with one value a class (was it a JPEG?)"
 RESERVED = ("global", "all", "none")  # words of the command line and the tables
+LONGEST_NAME = 220  # bytes: what is written beside a file has a longer name, at most of 255
 LAYOUTS = ("known layouts: <site>/{images,masks}/<same stem>.png, "
            "<site>/{train,val,test}/{images,masks}/, "
            "<site>/{train,test}/ROIs/{image,mask}/ for fundus photographs, "
            "<site>/CaseNN.nii.gz with CaseNN_segmentation.nii.gz")
-
-
-@dataclass
-class FolderSite(data.Site):
-    """A hospital whose images are files.
-
-    shapes: of each file as read. resized_dice: of each mask file that holds something the Dice
-    between the mask and itself after shrinking to the training size and enlarging again.
-    """
-    shapes: list[tuple]
-    resized_dice: list[float]
 
 
 @dataclass
@@ -76,14 +80,15 @@ class FolderDataSet(data.DataSet):
 
 
 def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None = None,
-                seed: int = 0) -> FolderDataSet:
+                seed: int = 0, patient_of: Callable | None = None) -> FolderDataSet:
     """Real images or volumes in one of LAYOUTS, one folder a site.
 
     Images and masks become size × size, masks by the nearest pixel. Images have 1 channel if all
     are grey, else 3. Masks hold classes or the grey values `mask_values`, one a class; those of
     fundus photographs the nearest of FUNDUS_VALUES, or of three others. Of a volume each slice is
     an image with its neighbours as channels, and labels above 0 are prostate.
-    A site that is not split is shuffled by (seed, site) and cut 60 : 15 : 25.
+    A site that is not split is shuffled by (seed, site) and cut 60 : 15 : 25. `patient_of` tells of
+    an image's path whose image it is: all images of one patient are in one part then.
     Warns of what is left out and of what looks wrong. Raises ValueError, which names a file or
     site and a way out, for what cannot be used; ImportError for volumes without nibabel.
     """
@@ -93,19 +98,21 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     sites, every_split, every_case = [], [], []
     for name, parts in found.items():
         splits, cases_of_site = [], []
-        for pairs in three_splits(name, parts, seed):
+        for pairs in three_splits(name, parts, seed, patient_of):
             cases = [load_case(root / name, pair, kind, values, size) for pair in pairs]
             splits.append(data.joined([case.split for case in cases]))
             cases_of_site += cases
         spacing = {case.split.cases[0]: case.spacing for case in cases_of_site}
-        shapes = [case.shape for case in cases_of_site]
-        resized_dice = [case.dice for case in cases_of_site if case.dice is not None]
-        sites.append(FolderSite(name, *splits, spacing, shapes, resized_dice))
+        sites.append(data.Site(name, *splits, spacing))
+        check_background(name, cases_of_site, kind, values)
         every_split += splits
         every_case += cases_of_site
     channels = max(case.channels for case in every_case)
     for split in every_split:  # so far grey images have three equal channels
         split.images = split.images[:, :channels].contiguous()
+    colours = {}
+    for case in every_case:
+        check_palette(case.files[1], colours)
     structures = structures_in(kind, every_case, values)
     report_left_out(root, {file for case in every_case for file in case.files})
     warn_of_lost_classes(every_case, size)
@@ -124,6 +131,35 @@ def grey_values(kind, given):
     if kind == "fundus" and len(given) != 3:
         raise ValueError("--mask-values: three for fundus ROIs, of background, rim and cup")
     return given
+
+
+def check_background(site, cases, kind, values):
+    """Raise ValueError if hardly a border pixel of a site's masks is of the value for background.
+
+    Masks of classes are taken as they are, so that who means it has a way out.
+    """
+    border = np.sum([case.border for case in cases], axis=0)
+    if border[0] >= 0.1 * border.sum() or not (values or kind == "volumes"):
+        return
+    advice = "save 0 outside of the organ"
+    if values:
+        ordered = background_first(values, values[border.argmax()])
+        advice = f"--mask-values {in_words(ordered)}; or else save the masks as classes 0, 1 …"
+    raise ValueError(f"site '{site}': {100 * border[0] / border.sum():.0f} % of the border pixels "
+                     f"of its masks are background, they may be inside out; {advice}")
+
+
+def check_palette(file, seen):
+    """Raise ValueError if a colour has another index in a mask than in those before, or reverse.
+
+    seen: of the masks before, what index and colour stand for each other; it is added to.
+    """
+    for index, colour in look_at(file)[1].items():
+        for one, other in [(index, colour), (colour, index)]:
+            known, where = seen.setdefault(one, (other, file))
+            if known != other:
+                raise ValueError(f"mask {file}: {one} is {other} in its palette, but {known} in that "
+                                 f"of {where}; save all masks as grey images of classes")
 
 
 def structures_in(kind, cases, values):
@@ -171,6 +207,7 @@ def find_sites(root):
             continue  # in no known layout: left out
         if name.lower() in RESERVED or not name.isprintable():
             raise ValueError(f"{root}: a site cannot be called {name!r}; rename it")
+        check_length(folder)
         sites[name] = parts
         for image, mask in sum(parts.values(), []):
             if mask is None:
@@ -231,44 +268,41 @@ def subfolder(folder, names):
 def pair_up(images: Path, masks: Path | None) -> list[tuple]:
     """(image or volume, mask or None): each one in a folder with the mask of its name.
 
-    The names of masks may end in _segmentation; in the folder of the images they must, and there
-    x_segmentation beside x is a mask in any case. Without `masks` all are None.
+    A file whose name ends in _segmentation is a mask, wherever it lies. In the folder of the images
+    the names of all masks end so. Without `masks` all are None.
     Raises ValueError if two files are the same image, or masks of the same.
     """
-    files = files_by_stem(images)
-    drawn = files_by_stem(masks) if masks else {}
-    together = masks in (images, None)
-    for name in list(files):
-        if name != case_of(name) and (together or case_of(name) in files):
-            del files[name]
     mask_of = {}
-    for name, file in drawn.items():
-        if together and name in files:
-            continue  # an image
-        case = name if name in files else case_of(name)
-        check_alone(file, mask_of.get(case))
-        mask_of[case] = file
-    return [(file, mask_of.get(case)) for case, file in files.items()]
+    if masks:
+        for name, file in files_by_stem(masks).items():
+            if masks != images or SEGMENTATION.search(name):
+                case = SEGMENTATION.sub("", name)
+                check_alone(file, mask_of.get(case))
+                mask_of[case] = file
+    return [(file, mask_of.get(name)) for name, file in files_by_stem(images).items()
+            if not SEGMENTATION.search(name)]
 
 
 def files_by_stem(folder):
-    """The images and volumes of a folder by their names without the ending."""
+    """The images and volumes of a folder by their names without the ending, composed (NFC)."""
     files = {}
     for file in visible(folder):
         if file.name.lower().endswith(IMAGE_TYPES + VOLUME_TYPES):
-            check_alone(file, files.get(stem(file)))
-            files[stem(file)] = file
+            check_length(file)
+            name = unicodedata.normalize("NFC", stem(file))
+            check_alone(file, files.get(name))
+            files[name] = file
     return files
+
+
+def check_length(path):
+    if len(os.fsencode(path.name)) > LONGEST_NAME:
+        raise ValueError(f"{path}: its name is longer than {LONGEST_NAME} bytes; rename it")
 
 
 def check_alone(file, other):
     if other:
         raise ValueError(f"{file} and {other.name} mean the same; keep one")
-
-
-def case_of(name):
-    """The name of the image that a mask of this name belongs to."""
-    return re.sub("_segmentation$", "", name, flags=re.I)
 
 
 def report_left_out(root: Path, read: set[Path]) -> None:
@@ -295,30 +329,47 @@ def to_convert(files) -> str:
     return "".join(advice)
 
 
-def three_splits(site, parts, seed):
+def three_splits(site, parts, seed, patient_of):
     """The files to train, validate and test with, as their folders say or else by a shuffle.
 
-    Without "val" a fifth of "train" validates. Raises ValueError if one would be empty.
+    Without "val" a fifth of "train" validates. What is shuffled and counted are patients, if they
+    are known. Raises ValueError if a split would be empty, or a patient is in two folders.
     """
     rng = data.random_for(seed, "folder", site)
+    groups, part_of = {}, {}
+    if not patient_of and "val" not in parts:
+        warn_of_split_patients(site, parts.get("all") or parts.get("train", []))
+    for part, pairs in parts.items():
+        patients = by_patient(pairs, patient_of)
+        groups[part] = [*patients.values()]
+        for patient in patients:
+            if part_of.setdefault(patient, part) != part:
+                raise ValueError(f"site '{site}': patient {patient} is in {part_of[patient]} and "
+                                 f"in {part}; move the files")
+    splits = [groups.get(part, []) for part in PARTS]
     if "all" in parts:
-        warn_of_split_patients(site, parts["all"])
-        rng.shuffle(parts["all"])
-        splits = data.cut(parts["all"])
-    else:
-        splits = [parts.get(part, []) for part in PARTS]
-        if "val" not in parts:
-            train = splits[0]
-            warn_of_split_patients(site, train)
-            rng.shuffle(train)
-            count = max(1, round(0.2 * len(train)))  # 15 of the 75 per cent that do not test
-            splits[:2] = train[count:], train[:count]
+        rng.shuffle(groups["all"])
+        splits = data.cut(groups["all"])
+    elif "val" not in parts:
+        train = splits[0]
+        rng.shuffle(train)
+        count = max(1, round(0.2 * len(train)))  # 15 of the 75 per cent that do not test
+        splits[:2] = train[count:], train[:count]
     if not all(splits) or "all" in parts and len(parts) > 1:
-        counts = ", ".join(f"{len(pairs)} in {part}" for part, pairs in parts.items())
-        raise ValueError(f"site '{site}': images: {counts}; either 3 or more lie in the site's own "
-                         "folder, or 1 or more in each of train, val and test; 2 or more in train "
-                         "without val")
-    return splits
+        counts = ", ".join(f"{len(found)} in {part}" for part, found in groups.items())
+        raise ValueError(f"site '{site}': images, or patients if they are told: {counts}; either 3 "
+                         "or more lie in the site's own folder, or 1 or more in each of train, val "
+                         "and test; 2 or more in train without val")
+    return [sum(split, []) for split in splits]
+
+
+def by_patient(pairs, patient_of):
+    """The pairs (image, mask) of each patient, or each pair alone if patients are not known."""
+    groups = defaultdict(list)
+    for pair in pairs:
+        patient = patient_of(pair[0]) if patient_of else pair[0]
+        groups[patient].append(pair)
+    return groups
 
 
 def warn_of_split_patients(site, pairs):
@@ -331,8 +382,9 @@ def warn_of_split_patients(site, pairs):
     several = [names for names in groups.values() if len(names) > 1]
     if len(groups) > 1 and several:
         first, second = several[0][:2]
-        warnings.warn(f"site '{site}': if {first} and {second} show one patient, give the split by "
-                      "folders train, val and test, or patients may be in two parts", stacklevel=2)
+        warnings.warn(f"site '{site}': if {first} and {second} show one patient, who may be in two "
+                      "parts now, say so by --patients or split by folders train, val and test",
+                      stacklevel=2)
 
 
 @dataclass
@@ -342,69 +394,43 @@ class Case:
     site: str
     split: data.Split
     spacing: tuple  # after resizing
-    shape: tuple  # before
     channels: int  # that are needed: 1 for a grey image
     classes: list[int]  # in the mask, before resizing
     loses_a_class: bool  # by resizing
-    dice: float | None  # see `FolderSite.resized_dice`
+    border: ndarray  # number of border pixels of each class, (MOST_CLASSES,)
 
 
 def load_case(site, pair, kind, values, size):
     """Read and check an image or volume and its mask; a grey image gets three equal channels."""
     file, mask_file = pair
     pixels, affine = read_file(file)
-    mask = read_mask(mask_file, pixels.shape[:3], kind, values, affine)
+    mask = read_mask(mask_file, pixels.shape[:3], kind, values, affine, image=file)
     small = resize(mask, size, Image.NEAREST)
     classes = np.unique(mask).tolist()
     loses_a_class = len(np.unique(small)) < len(classes)
-    structures = [[number] for number in classes if number > 0]
-    if kind == "fundus":
-        structures = DISC_AND_CUP.values()
-    dice = dice_with_itself(mask, small, structures)
+    border = np.bincount(border_of(mask), minlength=MOST_CLASSES)
 
     images = torch.from_numpy(network_input(file, pixels, size, 3, kind))
     names = [file.relative_to(site).as_posix()] * len(images)
     split = data.Split(images, torch.from_numpy(small).byte(), names)
-    spacing, shape, channels = (1.0, 1.0), mask.shape[1:], pixels.shape[-1]
+    spacing, channels = (1.0, 1.0), pixels.shape[-1]
     if kind == "volumes":
         split.images, split.stacks = images.half(), True
         shrunk = np.divide(mask.shape, small.shape)
         spacing = tuple((voxel_size(affine) * shrunk).tolist())
-        shape, channels = mask.shape, 3
-    return Case(pair, site.name, split, spacing, shape, channels, classes, loses_a_class, dice)
-
-
-def dice_with_itself(mask, small, structures):
-    """Dice of a mask (n, H, W) with itself resized (n, h, w) and brought back.
-
-    Mean over the structures in it; None if it holds background alone.
-    """
-    if not mask.any():
-        return None
-    one_hot = F.one_hot(torch.from_numpy(small).long()).permute(0, 3, 1, 2).float()
-    back, _ = at_own_size(one_hot, mask.shape[1:])
-    scores = []
-    for classes in structures:
-        drawn = np.isin(mask, classes)
-        if drawn.any():
-            scores.append(iopfl.dice(drawn, np.isin(back, classes)))
-    return float(np.mean(scores))
-
-
-def at_own_size(probabilities: Tensor, size: tuple) -> tuple[ndarray, ndarray]:
-    """Probabilities (n, C, h, w) at the size (H, W) of the file.
-
-    Returns the mask (n, H, W), uint8, and the probabilities (n, C, H, W), float16.
-    """
-    masks, maps = [], []
-    for plane in probabilities.split(1):  # all at once need much memory
-        large = F.interpolate(plane, size, mode="bilinear").cpu()  # (1, C, H, W)
-        masks.append(large.argmax(dim=1).byte().numpy())
-        maps.append(large.half().numpy())
-    return np.concatenate(masks), np.concatenate(maps)
+        channels = 3
+    return Case(pair, site.name, split, spacing, channels, classes, loses_a_class, border)
 
 
 # ---------------------------------------------------------------- single files
+LISTED = re.compile(r"""  # the images of the table above, as `described` puts them
+    PNG\ (1|L|LA|I;16B|RGB|RGBA|P|P;[124])
+    | BMP\ (1|L|P|P;[14]|BGR|BGRX|BGRA)
+    | TIFF\ ((1\ 1x1|L\ 1x8)(\ white-is-0)? | LA\ 2x8 | RGB\ 3x8 | RGBA\ 4x8 | P\ 1x[1248]
+             | I;16\ 1x16)  # big-endian it is I;16B
+      \ (raw | packbits | (tiff_lzw|tiff_deflate|tiff_adobe_deflate)(\ predicted)?)
+    | (JPEG|MPO)\ (L|RGB)  # MPO: a photograph with more pictures behind it
+    """, re.VERBOSE)
 MOST_VOXELS = 2**28  # of a volume: 1 GiB as float32
 MILLIMETRES = {1: 1000.0, 3: 0.001}  # by NIfTI's codes of the metre and the micrometre
 
@@ -415,8 +441,7 @@ def is_volume(path: Path) -> bool:
 
 def stem(path: Path) -> str:
     """The name without its ending, .nii.gz being one."""
-    gzipped = path.name.lower().endswith(".nii.gz")
-    return Path(path.stem).stem if gzipped else path.stem
+    return re.sub(r"(\.nii\.gz|\.[^.]+)$", "", path.name, flags=re.I)
 
 
 class Unusable(ValueError):
@@ -448,8 +473,7 @@ def read_file(path: Path, as_mask: bool = False) -> tuple[ndarray, ndarray]:
         raise ValueError(f"{path}: {error}") from None
     except Exception as error:  # of many kinds, some without a text, some with several lines
         text = " ".join(str(error).split()) or type(error).__name__
-        kind = "NIfTI file" if is_volume(path) else "image"
-        raise ValueError(f"{path}: not a readable {kind} ({text}); replace or remove it") from None
+        raise ValueError(f"{path}: not a readable file ({text}); replace or remove it") from None
     return pixels, affine
 
 
@@ -457,48 +481,65 @@ def read_image(path, as_mask):
     """The pixels of an image, (1, H, W, 1 or 3) float32, turned as its EXIF says, without alpha.
 
     as_mask: of a palette the indices, since masks are often stored so, unless it shows each as a
-    grey of its own; and Unusable for a file that holds a mask in a way that would lose it.
+    grey of its own. Raises Unusable for what is not in the table above.
     """
     with open(path, "rb") as stream, Image.open(stream) as file:  # not by name: turned TIFFs fail
-        if getattr(file, "n_frames", 1) > 1:
-            raise Unusable(f"{file.n_frames} pages, one image is expected; save one alone")
-        mode = mode_to_read(file, as_mask)
-        white_is_zero = getattr(file, "tag_v2", {}).get(262) == 0
-        if white_is_zero and mode not in ("1", "L"):  # pillow inverts these alone
-            raise Unusable("a TIFF of this depth in which 0 is white is not read; invert it")
-        if as_mask:
-            check_mask_format(file, mode)
-        image = ImageOps.exif_transpose(file).convert(mode)
+        found = described(file)
+        if not LISTED.fullmatch(found) or as_mask and file.format in ("JPEG", "MPO"):
+            raise Unusable(f"{found} is not read; save it as PNG, grey of 8 or 16 bits or RGB of 8")
+        if file.has_transparency_data and file.convert("RGBA").getextrema()[3][0] < 255:
+            raise Unusable("it is transparent in places; save it without an alpha channel")
+        image = ImageOps.exif_transpose(file).convert(mode_to_read(file, as_mask))
         pixels = np.array(image, dtype=np.float32)
-        if as_mask and file.format == "JPEG" and np.diff(np.unique(pixels)).min(initial=255) < 32:
-            raise Unusable("JPEG has changed the mask's values; threshold it and save it as PNG")
     return pixels.reshape(1, image.height, image.width, -1)
+
+
+def described(file):
+    """The format of an open image and, of those that are read, how its pixels are stored."""
+    pages = getattr(file, "n_frames", 1)
+    if pages > 1 and file.format != "MPO":
+        return f"{file.format} of {pages} pages"
+    if file.format in ("PNG", "BMP", "JPEG", "MPO"):
+        stored = file.tile[0][3]  # of JPEG and BMP the mode and more
+        return f"{file.format} {stored if isinstance(stored, str) else stored[0]}"
+    if file.format != "TIFF":
+        return file.format
+    tags = file.tag_v2  # by their numbers in TIFF
+    samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
+    white = " white-is-0" if tags.get(262) == 0 else ""
+    numbers = " signed or float" if set(tags.get(339, (1,))) != {1} else ""
+    predicted = " predicted" if tags.get(317, 1) > 1 else ""
+    return (f"TIFF {file.mode} {samples}x{bits}{white}{numbers} "
+            f"{file.info['compression']}{predicted}")
 
 
 def mode_to_read(file, as_mask):
     """Pillow's mode that keeps what an image holds: grey, coloured, or of a palette."""
-    mode = file.mode.rstrip("A")
-    if mode == "P":
-        palette = np.reshape(file.getpalette(), (-1, 3))
-        used = palette[np.unique(file.getchannel(0))]
-        grey = (palette == palette[:, :1]).all()
-        if grey and len(np.unique(used, axis=0)) == len(used):
-            return "L"
-        if as_mask and file.format != "GIF":  # in which programs number the colours as they like
-            return "P"
-    grey = mode == "L" or mode[0] in "1IF"  # of 8 bits, 1 bit, integers, floats
-    return mode if grey else "RGB"
+    if file.mode != "P":
+        return file.mode.rstrip("A")
+    palette = np.reshape(file.getpalette(), (-1, 3))
+    used = palette[np.unique(file)]
+    grey = (palette == palette[:, :1]).all()
+    if grey and len(np.unique(used, axis=0)) == len(used):
+        return "L"
+    return "P" if as_mask else "RGB"
 
 
-def check_mask_format(file, mode):
-    """Raise Unusable for a mask that pillow would read with its values lost."""
-    if mode[0] != "I" and ";16" in str(file.tile):
-        raise Unusable("16 bits a channel, of which 8 are read; save the mask as a grey image")
-    if file.mode in ("LA", "RGBA"):
-        *colours, alpha = file.split()
-        flat = all(low == high for low, high in map(Image.Image.getextrema, colours))
-        if flat and len(set(alpha.getextrema())) > 1:
-            raise Unusable("its values lie in the alpha channel; save the mask as a grey image")
+def look_at(path):
+    """How EXIF turns an image, 1 (not at all) to 8, and what the values of a palette look like.
+
+    The latter are colours by the value that is read of a mask; {} where there is no palette.
+    """
+    if is_volume(path):
+        return 1, {}
+    with open(path, "rb") as stream, Image.open(stream) as file:
+        turn = file.getexif().get(274)
+        turn = turn if turn in range(2, 9) else 1
+        if file.mode != "P":
+            return turn, {}
+        shown = np.reshape(file.convert("RGB"), (-1, 3)).tolist()
+        values, places = np.unique(file.convert(mode_to_read(file, True)), return_index=True)
+    return turn, {value: tuple(shown[place]) for value, place in zip(values.tolist(), places)}
 
 
 def read_volume(path):
@@ -510,11 +551,15 @@ def read_volume(path):
     nibabel.imageglobals.logger.setLevel(100)  # silent: what matters is raised
     with nibabel.imageglobals.ErrorLevel(30):  # a header to be repaired might have other axes
         file = nibabel.load(path)
-    count = np.prod(file.shape, dtype=float)
+    shape, numbers = file.shape, file.get_data_dtype()
+    one_volume = shape[3:] in ((), (1,))
     undirected = np.isnan(nibabel.io_orientation(file.affine)).any()
-    if len(file.shape) != 3 or undirected or not 0 < count <= MOST_VOXELS:
-        raise Unusable("three dimensions, each with a direction in the affine, and at most "
-                       f"{MOST_VOXELS} voxels are expected, found {file.shape}; convert it")
+    fits = 0 < np.prod(shape, dtype=float) <= MOST_VOXELS
+    if not (one_volume and fits) or undirected or numbers.kind not in "iuf":
+        raise Unusable("real numbers in three dimensions, each with a direction in the affine, and "
+                       f"at most {MOST_VOXELS} voxels are expected, found {numbers} in {shape}; "
+                       "convert it")
+    file.get_qform()  # raises what it would while a mask is written
     to_ours, _ = axis_changes(file.affine)
     file = file.as_reoriented(to_ours)
     voxels = np.ascontiguousarray(file.dataobj, dtype=np.float32)
@@ -522,7 +567,7 @@ def read_volume(path):
         read_to_the_end(path)
     affine = file.affine.copy()
     affine[:3] *= MILLIMETRES.get(int(file.header["xyzt_units"]) % 8, 1.0)
-    return voxels[..., None], affine
+    return voxels.reshape(*file.shape[:3], 1), affine
 
 
 def read_to_the_end(path):
@@ -533,19 +578,6 @@ def read_to_the_end(path):
     with gzip.open(path) as stream:
         while stream.read(2**24):
             pass
-
-
-def mask_volume(mask: ndarray, like: Path) -> bytes:
-    """A .nii.gz file of a mask in the order of `read_volume`, with axes and affine of `like`."""
-    import nibabel
-    file = nibabel.load(like)  # the header alone
-    _, to_its_own = axis_changes(file.affine)
-    mask = nibabel.orientations.apply_orientation(mask.astype(np.uint8), to_its_own)
-    header = file.header.copy()
-    header.set_data_dtype(np.uint8)
-    header["cal_min"] = header["cal_max"] = 0  # the grey window of the volume would hide a mask
-    volume = type(file)(mask, file.affine, header)
-    return gzip.compress(volume.to_bytes(), mtime=0)  # the same mask, the same bytes
 
 
 def axis_changes(affine):
@@ -561,17 +593,23 @@ def voxel_size(affine):
 
 
 def read_mask(path: Path, shape: tuple, kind: str = "images", values: list[int] | None = None,
-              affine: ndarray | None = None, classes: int = MOST_CLASSES) -> ndarray:
+              affine: ndarray | None = None, classes: int = MOST_CLASSES,
+              image: Path | None = None) -> ndarray:
     """The classes, (n, H, W) integers, in the mask of an image or volume of this shape and affine.
 
     kind: of the data set. values: the grey value of each class; None: the file holds classes.
+    image: the file that the mask belongs to; both must be turned alike by EXIF then.
     Of a volume the labels above 0 are class 1 in a data set of volumes, or of two classes.
     Raises ValueError where the mask does not fit its image, or holds other classes.
     """
     pixels, own_affine = read_file(path, as_mask=True)
-    mask = pixels[..., 0]
     if (pixels != pixels[..., :1]).any():
         raise ValueError(f"mask {path}: one channel is expected; save it as a grey image")
+    if image and look_at(image)[0] != look_at(path)[0]:
+        raise ValueError(f"mask {path}: EXIF turns it otherwise than its image; save both upright")
+    if is_volume(path) and affine is not None:
+        pixels, own_affine = in_axes_of(affine, pixels, own_affine)
+    mask = pixels[..., 0]
     if mask.shape != shape:
         raise ValueError(f"mask {path}: its size {mask.shape} is not that of its image, {shape}; "
                          "resample it")
@@ -584,12 +622,22 @@ def read_mask(path: Path, shape: tuple, kind: str = "images", values: list[int] 
     if labels.min() < 0 or np.abs(mask - labels).max() > 0.015:  # a scale in a header rounds
         raise ValueError(f"mask {path}: whole numbers from 0 are expected; save it as classes, "
                          "resampled by the nearest neighbour")
-    mask = labels
     if is_volume(path):
-        values = None
         if kind == "volumes" or classes == 2:
-            mask = mask > 0
-    return classes_of(path, mask, kind, values, classes)
+            labels = labels > 0
+        if labels.max() < classes:
+            values = None  # they are classes, as in the masks that adapt_folder writes
+    return classes_of(path, labels, kind, values, classes)
+
+
+def in_axes_of(affine, voxels, own_affine):
+    """Voxels (a, b, c, 1) and their affine, with the axes in the order of another affine.
+
+    Those of `read_volume` may differ where an axis lies between two: its rounding decides.
+    """
+    from nibabel.orientations import apply_orientation, inv_ornt_aff, io_orientation
+    turn = io_orientation(np.linalg.inv(affine) @ own_affine)
+    return apply_orientation(voxels, turn), own_affine @ inv_ornt_aff(turn, voxels.shape[:3])
 
 
 def classes_of(path, mask, kind, values, classes):
@@ -603,23 +651,36 @@ def classes_of(path, mask, kind, values, classes):
             raise ValueError(f"mask {path}: its values {in_words(greys)} are not all among "
                              f"--mask-values {values}; all sites need the same value for the same "
                              f"class; {advice}")
-        mask = nearest[np.searchsorted(greys, mask)]
+        found = nearest[np.searchsorted(greys, mask)]
         if kind == "fundus":
-            common = counts > 0.01 * mask.size  # smoothed edges are few pixels of each value
-            check_fundus(path, mask, greys[common], values)
+            common = greys[counts > 0.01 * mask.size]  # smoothed edges are few pixels of each value
+            check_fundus(path, found, common, values, advice_for(mask, common))
+        mask = found
     if mask.max() >= classes:
         raise ValueError(f"mask {path}: {len(greys)} values up to {greys[-1]:.0f}; expected are "
-                         f"0, 1 … {classes - 1}; {advice_for(greys)}")
+                         f"0, 1 … {classes - 1}; {advice_for(mask, greys)}")
     return mask.astype(np.int32)
 
 
-def advice_for(greys):
-    """What to do about the grey values of a mask that are too large for classes."""
+def border_of(mask):
+    """The values on the border of each plane of a mask (n, H, W)."""
+    edges = [mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]]
+    return np.concatenate([edge.ravel() for edge in edges]).astype(np.int64)
+
+
+def background_first(values, outside):
+    """Grey values in the order of their distance from the one outside, which comes first."""
+    return sorted(values, key=lambda value: abs(value - outside))
+
+
+def advice_for(mask, greys):
+    """What to do about the grey values of a mask, if they are no classes."""
     if len(greys) > 2 and greys[-1] == 255 and greys[-2] < MOST_CLASSES:
         return f"it holds {in_words(greys)}: no pixel is ignored, give those of 255 a class"
     if looks_smoothed(greys):
         return SMOOTHED
-    return f"or list the grey values: --mask-values {in_words(greys)}"
+    ordered = background_first(greys, mode(border_of(mask).tolist()))
+    return f"or list the grey values, background first: --mask-values {in_words(ordered)}"
 
 
 def looks_smoothed(greys):
@@ -630,20 +691,19 @@ def in_words(greys):
     return " ".join(f"{grey:.0f}" for grey in greys[:MOST_CLASSES])
 
 
-def check_fundus(path, mask, greys, values):
+def check_fundus(path, mask, greys, values, advice):
     """Raise ValueError for a mask that is not background around a rim around a cup.
 
     mask: its classes, (1, H, W); background alone will do, and a rim without a cup.
-    greys: its common values.
+    greys: its common values. advice: what to do about them.
     """
     distance = np.abs(greys[:, None] - values).min(axis=1)
     far = distance > np.diff(sorted(values)).min() / 8
-    border = np.concatenate([mask[0, 0], mask[0, -1], mask[0, :, 0], mask[0, :, -1]])
-    inside_out = np.mean(border == 0) < 0.5
+    inside_out = np.mean(border_of(mask) == 0) < 0.5
     without_rim = np.sum(mask == 1) < 0.05 * np.sum(mask == 2)
     if far.any() or inside_out or without_rim:
         raise ValueError(f"mask {path}: it holds {in_words(greys)}; expected are background, rim "
-                         f"and cup as {values}; list others by --mask-values, or correct it")
+                         f"and cup as {values}; correct it, {advice}")
 
 
 def network_input(path: Path, pixels: ndarray, size: int, channels: int, kind: str) -> ndarray:
@@ -667,16 +727,12 @@ def network_input(path: Path, pixels: ndarray, size: int, channels: int, kind: s
         if channels == 3:
             numbers = numbers + [-1, 0, 1]
         return slices[np.clip(numbers, 0, len(slices) - 1)]
-    planes = pixels[0, ..., :channels].transpose(2, 0, 1)
-    planes = resize(planes, size)
+    planes = resize(pixels[0, ..., :channels].transpose(2, 0, 1), size)
     planes = np.repeat(planes, channels // len(planes), axis=0)
     return data.normalise(planes)[None]
 
 
 def resize(planes, size, filter=Image.BILINEAR):
     """(C, H, W) → (C, size, size) by pillow; its bilinear filter averages where it shrinks."""
-    resized = []
-    for plane in planes:
-        image = Image.fromarray(plane).resize((size, size), filter)
-        resized.append(np.asarray(image))
-    return np.stack(resized)
+    images = [Image.fromarray(plane).resize((size, size), filter) for plane in planes]
+    return np.stack([np.asarray(image) for image in images])

@@ -10,14 +10,19 @@ of simulated images.
 """
 
 import argparse
+import re
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from PIL import Image
 
 import data
+import iopfl
 import train
-from examples import folders
+from examples import adapt_folder, folders
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -35,8 +40,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = images.add_argument
     add("root", metavar="DIR", nargs="?", help="the folder that holds one folder a hospital")
     add("--mask-values", type=int, nargs="+", help="grey values of the classes in their masks")
+    add("--patients", metavar="REGEX", help="finds in a file's name, as its first group, whose image "
+        "it is: images of one patient come into one part")
     add("--list", action="store_true", help="show what the images are and end")
     args = train.parse_training(parser, argv, images, may_change=("root",))
+    if args.patients is not None and not has_a_group(args.patients):
+        parser.error(f"--patients {args.patients}: not a regular expression with a group, such as "
+                     r"'(\d+)_'")
     if args.root is None:
         parser.error("name the folder of the images, DIR")
     args.root = str(Path(args.root).expanduser().resolve())
@@ -47,10 +57,26 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return args
 
 
+def has_a_group(pattern: str) -> bool:
+    try:
+        return re.compile(pattern).groups > 0
+    except re.error:
+        return False
+
+
+def patient_of(file: Path, pattern: str) -> str:
+    """Whose image it is, by its name without the ending. Raises ValueError if that is not told."""
+    found = re.search(pattern, folders.stem(file))
+    if not (found and found[1]):
+        raise ValueError(f"{file}: --patients {pattern} finds no patient in its name; correct it")
+    return found[1]
+
+
 def read_images(args: argparse.Namespace, seed: int) -> data.DataSet:
     """The source of the images: the folder DIR, split by this seed where it is not split."""
     try:
-        return folders.load_folder(args.root, args.size, args.mask_values, seed)
+        whose = partial(patient_of, pattern=args.patients) if args.patients else None
+        return folders.load_folder(args.root, args.size, args.mask_values, seed, whose)
     except (ValueError, OSError, ImportError) as error:  # they name the file and a way out
         train.stop(str(error), 1)
 
@@ -66,25 +92,65 @@ def images_of_run(settings: argparse.Namespace, seed: int) -> data.DataSet:
 def look_at_images(args: argparse.Namespace) -> None:
     """Print what each hospital has, and draw some of its images."""
     dataset = read_images(args, args.seeds[0])
+    _, files = folders.find_sites(Path(args.root))
     print(f"{len(dataset.sites)} hospitals, {dataset.kind}, {dataset.channels} channels")
     for site in dataset.sites:
         parts = {"train": site.train, "validation": site.validation, "test": site.test}
         counts = [f"{len(set(part.cases))} {name}" for name, part in parts.items()]
+        shapes, scores = look_at_files(sum(files[site.name].values(), []), dataset, args.size)
         masks = site.everything.masks
         pixels = torch.bincount(masks.flatten(), minlength=dataset.classes)
         percent = 100 * pixels / masks.numel()
         shares = [f"{share:.2f}" for share in percent.tolist()]
         print(f"{site.name}: {len(masks)} images; cases: {', '.join(counts)}")
-        print(f"    sizes as read    {extent(site.shapes)}")
+        if args.patients:
+            people = [{patient_of(Path(case), args.patients) for case in part.cases}
+                      for part in parts.values()]
+            counts = [f"{len(found)} {name}" for found, name in zip(people, parts)]
+            print(f"    patients         {', '.join(counts)}")
+        print(f"    sizes as read    {extent(shapes)}")
         print(f"    resized pixels   {extent(site.spacing.values())} {dataset.unit}")
         print(f"    classes          {', '.join(shares)} % of all pixels")
-        if site.resized_dice:
-            mean, least = 100 * np.mean(site.resized_dice), 100 * min(site.resized_dice)
+        if scores:
+            mean, least = 100 * np.mean(scores), 100 * min(scores)
             print(f"    masks resized and brought back: Dice {mean:.1f} %, least {least:.1f} %")
     file = Path(args.out or "runs") / f"{dataset.name}-hospitals.png"
     labels = train.labels_of(dataset)
     train.draw_hospitals(dataset.sites[:train.MOST_SHOWN], labels, file)
     print(f"Some images of each hospital, the last two with their masks: {file}")
+
+
+def look_at_files(pairs: list, dataset: folders.FolderDataSet, size: int) -> tuple:
+    """The shapes of some images, and of each mask that holds something its Dice with itself after
+    shrinking to the training size and enlarging again."""
+    shapes, scores = [], []
+    for file, mask_file in pairs:
+        pixels, affine = folders.read_file(file)
+        shape = pixels.shape[:3]
+        mask = folders.read_mask(mask_file, shape, dataset.kind, dataset.mask_values, affine)
+        shapes.append(shape if dataset.kind == "volumes" else shape[1:])
+        small = folders.resize(mask, size, Image.NEAREST)
+        score = dice_with_itself(mask, small, dataset.structures)
+        if score is not None:
+            scores.append(score)
+    return shapes, scores
+
+
+def dice_with_itself(mask, small, structures):
+    """Dice of a mask (n, H, W) with itself resized (n, h, w) and brought back.
+
+    Mean over the structures in it; None if it holds background alone.
+    """
+    if not mask.any():
+        return None
+    one_hot = F.one_hot(torch.from_numpy(small).long()).permute(0, 3, 1, 2).float()
+    back, _ = adapt_folder.at_own_size(one_hot, mask.shape[1:])
+    scores = []
+    for classes in structures.values():
+        drawn = np.isin(mask, classes)
+        if drawn.any():
+            scores.append(iopfl.dice(drawn, np.isin(back, classes)))
+    return float(np.mean(scores))
 
 
 def extent(sizes) -> str:

@@ -66,6 +66,9 @@ def copy_of_folder_run(folder_run, tmp_path) -> tuple[Path, Path]:
     (["DIR", "--task", "prostate"], "unrecognized arguments: --task prostate"),
     (["DIR", "--images-per-site", "60"], "unrecognized arguments: --images-per-site 60"),
     (["DIR", "--mask-values", "white"], "invalid int value: 'white'"),
+    (["DIR", "--patients", "p\\d"], "--patients p\\d: not a regular expression with a group"),
+    (["DIR", "--patients", "(p"], "--patients (p: not a regular expression with a group"),
+    (["DIR", "--patients", ""], "one of the words is empty"),
     (["DIR", "--rounds", "0"], "--rounds must be at least 1"),
     (["DIR", "--size", "16"], "a is the only hospital; use --hold-out none"),
     (["DIR", "--size", "16", "--hold-out", "none", "--methods", "bn"], "bn needs a hospital"),
@@ -101,7 +104,7 @@ def test_bad_images_end_in_one_line(tmp_path, capsys):
     folder = write_site(tmp_path / "images", "a", 4)
     (folder / "images" / "00.png").write_bytes(b"no image")
     assert call_own_images(tmp_path / "images", "--out", tmp_path / "out") == 1
-    assert "00.png: not a readable image" in the_line(capsys)
+    assert "00.png: not a readable file" in the_line(capsys)
 
 
 def test_volumes_without_nibabel_end_in_one_line(tmp_path, capsys, monkeypatch):
@@ -166,8 +169,33 @@ def test_each_seed_splits_the_images_anew(tmp_path, monkeypatch):
     words = ["--mask-values", "0", "255", "--seeds", "0", "3", "--methods", "iopfl"]
     assert call_own_images(tmp_path / "sites", *TOY_FOLDER, *words, "--out", tmp_path / "run") == 0
     root = str((tmp_path / "sites").resolve())
-    assert calls == [(root, 16, [0, 255], 0), (root, 16, [0, 255], 3)]
+    assert calls == [(root, 16, [0, 255], 0, None), (root, 16, [0, 255], 3, None)]
     assert {row["seed"] for row in rows_of(tmp_path / "run")} == {0, 3}
+
+
+def test_patients_of_a_run(tmp_path, capsys):
+    """The option arrives, is kept, and is used when the run goes on; a look counts patients."""
+    sites = tmp_path / "sites"
+    for name in "ab":
+        write_site(sites, name, 12)
+        for folder in (sites / name / "images", sites / name / "masks"):
+            for number in range(12):
+                new = f"p{number // 3}_{number % 3}.png"
+                (folder / f"{number:02d}.png").rename(folder / new)
+    words = ["--patients", r"^(p\d)_", *TOY_FOLDER]
+    assert call_own_images(sites, *words, "--list", "--out", tmp_path / "look") == 0
+    text = capsys.readouterr().out
+    assert "a: 12 images; cases: 6 train, 3 validation, 3 test" in text
+    assert "patients         2 train, 1 validation, 1 test" in text
+    run = tmp_path / "run"
+    assert call_own_images(sites, *words, "--out", run) == 0
+    config = json.loads((run / "config.json").read_text())
+    assert config["settings"]["patients"] == r"^(p\d)_"
+    assert find_row(run, "inside", "iopfl", "a")["cases"] == 3  # images of one patient
+    assert call_own_images("--resume", run, "--rounds", 2) == 0
+    capsys.readouterr()
+    assert call_own_images(sites, "--patients", "(q)", "--out", tmp_path / "none") == 1
+    assert "p0_0.png: --patients (q) finds no patient in its name" in the_line(capsys)
 
 
 # ---------------------------------------------------------------- own_images: going on
@@ -446,7 +474,7 @@ def test_overlays_show_the_global_model_too(folder_run, tmp_path, monkeypatch):
         pixels, _ = folders.read_file(file)
         seen = folders.network_input(file, pixels, config["settings"]["size"], 1, "images")
         logits = model.eval()(torch.from_numpy(seen))
-        expected, _ = folders.at_own_size(logits.detach().softmax(dim=1), (20, 24))
+        expected, _ = adapt_folder.at_own_size(logits.detach().softmax(dim=1), (20, 24))
         assert (mask == expected).mean() > 0.99  # another batch rounds otherwise
 
 
@@ -474,6 +502,65 @@ def test_masks_of_other_grey_values_than_the_runs(folder_run, tmp_path):
     assert adapt_to(run, images, *words, "--out", tmp_path / "two") == 0
     assert adapted_rows(tmp_path / "one") == adapted_rows(tmp_path / "two")
     assert "Dice class 1" in adapted_rows(tmp_path / "two")[0]
+
+
+def test_masks_inside_out_are_told_of(folder_run, tmp_path, capsys):
+    sites, run = folder_run
+    images, masks = sites / "c" / "images", tmp_path / "masks"
+    mask = np.full((20, 24), 255, np.uint8)
+    mask[5:15, 6:18] = 0
+    for file in images.iterdir():
+        save_image(masks / file.name, mask)
+    told = "less than a tenth of the border of the masks is background"
+    for order, expected in ((["0", "255"], True), (["255", "0"], False)):
+        words = ["--masks", masks, "--mask-values", *order, "--out", tmp_path / order[0]]
+        assert adapt_to(run, images, *words) == 0
+        assert (told in capsys.readouterr().err) == expected
+
+
+def test_masks_of_other_palettes_are_not_scored(folder_run, tmp_path, capsys):
+    """The same colour must have the same index in all masks."""
+    sites, run = folder_run
+    images, masks = sites / "c" / "images", tmp_path / "masks"
+    masks.mkdir()
+    for number, file in enumerate(sorted(images.iterdir())):
+        mask = Image.fromarray(np.eye(20, 24, dtype=np.uint8))
+        mask.putpalette([0, 0, 0, 200, 0, 0] if number else [0, 0, 0, 0, 200, 0])
+        mask.save(masks / file.name)
+    assert adapt_to(run, images, "--masks", masks, "--out", tmp_path / "out") == 0
+    scored = ["Dice class 1" in row for row in adapted_rows(tmp_path / "out")]
+    assert scored == [True, False, False, False, False]
+    assert "not scored: mask " in capsys.readouterr().err
+
+
+def test_turned_images_are_not_scored_by_upright_masks(folder_run, tmp_path, capsys):
+    sites, run = folder_run
+    images = tmp_path / "images"
+    shutil.copytree(sites / "c" / "images", images)
+    exif = Image.Exif()
+    exif[274] = 3  # upside down
+    Image.open(images / "00.png").copy().save(images / "00.png", exif=exif)
+    words = [images, "--masks", sites / "c" / "masks", "--out", tmp_path / "out"]
+    assert adapt_to(run, *words) == 0
+    scored = ["Dice class 1" in row for row in adapted_rows(tmp_path / "out")]
+    assert scored == [False, True, True, True, True]
+    assert "00.png: EXIF turns it otherwise" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length, fits", [(220, True), (221, False), (250, False)])
+def test_names_that_would_become_too_long(folder_run, tmp_path, capsys, length, fits):
+    """They are refused before anything is adapted."""
+    sites, run = folder_run
+    images = tmp_path / "images"
+    images.mkdir()
+    name = "x" * (length - 4) + ".png"
+    shutil.copy(sites / "c" / "images" / "00.png", images / name)
+    status = adapt_to(run, images, "--probabilities", "--out", tmp_path / "out")
+    if fits:
+        assert status == 0 and (tmp_path / "out" / "masks" / name).exists()
+    else:
+        assert status == 1 and "its name is longer than 220 bytes" in the_line(capsys)
+        assert not (tmp_path / "out").exists()
 
 
 def test_masks_that_need_nibabel_are_not_scored(folder_run, tmp_path, monkeypatch, capsys):
