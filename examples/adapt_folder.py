@@ -333,7 +333,8 @@ def mask_volume(mask: np.ndarray, like: Path) -> bytes:
     """A .nii.gz file of a mask in the order of `read_volume`, with axes and affine of `like`."""
     import nibabel
     file = nibabel.load(like)  # the header alone
-    _, to_its_own = folders.axis_changes(file.affine)
+    ours = [[0, 1], [1, 1], [2, 1]]  # in our own frame no axis is moved or flipped
+    to_its_own = nibabel.orientations.ornt_transform(ours, folders.to_our_axes(file.affine))
     mask = nibabel.orientations.apply_orientation(mask.astype(np.uint8), to_its_own)
     header = file.header.copy()
     header.set_data_dtype(np.uint8)
@@ -381,8 +382,8 @@ class Scorer:
 
     def warn_if_inside_out(self) -> None:
         if self.facts.get("mask_values") and self.background and np.mean(self.background) < 0.1:
-            train.show_warning("less than a tenth of the border of the masks is background: if they "
-                               "are inside out, give the value outside first: --mask-values")
+            train.show_warning("less than a tenth of the border of the masks is background: if "
+                               "they are inside out, give the value outside first: --mask-values")
 
 
 def draw_overlay(pixels: np.ndarray, outlines: list[tuple], file: Path) -> None:

@@ -1,20 +1,19 @@
-"""Folders of images and NIfTI volumes, read for training and adapting; masks, written back.
+"""Folders of images and NIfTI volumes, read for training and adapting.
 
 `load_folder` makes a `data.DataSet` of folders, one a hospital; `read_file`, `read_mask` and
-`network_input` read single files; `mask_volume` writes a mask. Volumes need nibabel, which is
-imported where it is used.
+`network_input` read single files. Volumes need nibabel, which is imported where it is used.
 
-What is read, by a file's content and not by its name; all else is refused:
+This is what is read, by the content of a file and not by its name. All else is refused.
 
-           formats                                       pixels
-    images PNG, JPEG, BMP, TIFF (one page; stored raw,   grey of 1, 8 or 16 bits, unsigned; RGB of
-           or by LZW, deflate or PackBits; little-       8 bits; alpha that is opaque everywhere; a
-           endian where a sample has 16 bits)            palette, as its colours
-    masks  PNG, BMP, TIFF, as above                      as above, if all channels are equal; a
-                                                         palette, as greys if it has greys alone,
-                                                         else as indices of the same colours in all
-                                                         masks
-    volumes NIfTI-1, NIfTI-2: .nii, .nii.gz              real numbers in 3-D, or 4-D of one frame
+images   formats: PNG, JPEG, BMP; TIFF of one page, stored raw or by LZW, deflate or PackBits,
+         little-endian where a sample has 16 bits
+         pixels: grey of 1, 8 or 16 bits, unsigned; RGB of 8 bits; an alpha channel if it is opaque
+         everywhere; a palette, as its colours
+masks    formats: PNG, BMP, TIFF as above
+         pixels: as above, if all channels are equal; a palette, as greys if it shows greys alone,
+         else as indices, if all masks show the same colour for the same index
+volumes  formats: NIfTI-1 and NIfTI-2, .nii and .nii.gz
+         voxels: real numbers in three dimensions, or in four with one frame
 """
 
 import gzip
@@ -34,7 +33,6 @@ from numpy import ndarray
 from PIL import Image, ImageOps
 
 import data
-from data import DISC_AND_CUP, PROSTATE
 
 
 # ---------------------------------------------------------------- folders of real images
@@ -80,15 +78,16 @@ class FolderDataSet(data.DataSet):
 
 
 def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None = None,
-                seed: int = 0, patient_of: Callable | None = None) -> FolderDataSet:
+                seed: int = 0, patient_of: Callable = str) -> FolderDataSet:
     """Real images or volumes in one of LAYOUTS, one folder a site.
 
     Images and masks become size × size, masks by the nearest pixel. Images have 1 channel if all
     are grey, else 3. Masks hold classes or the grey values `mask_values`, one a class; those of
     fundus photographs the nearest of FUNDUS_VALUES, or of three others. Of a volume each slice is
     an image with its neighbours as channels, and labels above 0 are prostate.
-    A site that is not split is shuffled by (seed, site) and cut 60 : 15 : 25. `patient_of` tells of
-    an image's path whose image it is: all images of one patient are in one part then.
+    A site that is not split is shuffled by (seed, site) and cut 60 : 15 : 25. `patient_of` gives
+    the patient of an image's path: all images of one patient are in one part. By default each image
+    is a patient of its own.
     Warns of what is left out and of what looks wrong. Raises ValueError, which names a file or
     site and a way out, for what cannot be used; ImportError for volumes without nibabel.
     """
@@ -158,14 +157,14 @@ def check_palette(file, seen):
         for one, other in [(index, colour), (colour, index)]:
             known, where = seen.setdefault(one, (other, file))
             if known != other:
-                raise ValueError(f"mask {file}: {one} is {other} in its palette, but {known} in that "
-                                 f"of {where}; save all masks as grey images of classes")
+                raise ValueError(f"mask {file}: {one} is {other} in its palette, but {known} in "
+                                 f"that of {where}; save all masks as grey images of classes")
 
 
 def structures_in(kind, cases, values):
     """The structures of a data set, from the classes in the masks of all its cases."""
     if kind == "volumes":
-        return PROSTATE
+        return data.PROSTATE
     holders = {number: case.files[1] for case in cases for number in case.classes}
     classes = sorted(holders)
     count = len(values or classes)
@@ -173,7 +172,7 @@ def structures_in(kind, cases, values):
         raise ValueError(f"{holders[classes[-1]]}: all masks together hold {classes}; expected are "
                          "0, 1 … without a gap, or else list all grey values: --mask-values")
     if kind == "fundus":
-        return DISC_AND_CUP
+        return data.DISC_AND_CUP
     warn_of_two_numberings(cases, len(classes))
     return {f"class {number}": (number,) for number in range(1, count)}
 
@@ -183,11 +182,10 @@ def warn_of_two_numberings(cases, count):
     by_site = defaultdict(set)
     for case in cases:
         by_site[case.site].update(case.classes)
-    if max(map(len, by_site.values())) == count:
-        return
-    held = [f"{site} {sorted(classes)}" for site, classes in by_site.items()]
-    warnings.warn(f"no site has masks of all {count} classes ({'; '.join(held)}): if the same "
-                  "structure has another grey value elsewhere, save all masks alike", stacklevel=3)
+    if max(map(len, by_site.values())) < count:
+        held = "; ".join(f"{site} {sorted(classes)}" for site, classes in by_site.items())
+        warnings.warn(f"no site has masks of all {count} classes ({held}): if the same structure "
+                      "has another grey value elsewhere, save all masks alike", stacklevel=3)
 
 
 def warn_of_lost_classes(cases, size):
@@ -205,9 +203,9 @@ def find_sites(root):
         name, parts = folder.name, find_pairs(folder)
         if not parts:
             continue  # in no known layout: left out
-        if name.lower() in RESERVED or not name.isprintable():
-            raise ValueError(f"{root}: a site cannot be called {name!r}; rename it")
-        check_length(folder)
+        if name.lower() in RESERVED or not name.isprintable() or is_long(name):
+            raise ValueError(f"{root}: a site cannot be called {name!r}; rename it, in at most "
+                             f"{LONGEST_NAME} bytes")
         sites[name] = parts
         for image, mask in sum(parts.values(), []):
             if mask is None:
@@ -224,8 +222,7 @@ def kind_of(image):
     """The kind of data set that an image or volume belongs to, by its place and name."""
     if is_volume(image):
         return "volumes"
-    rois = image.parent.parent.name.lower() == "rois"
-    return "fundus" if rois else "images"
+    return "fundus" if image.parent.parent.name.lower() == "rois" else "images"
 
 
 def find_pairs(site):
@@ -288,16 +285,16 @@ def files_by_stem(folder):
     files = {}
     for file in visible(folder):
         if file.name.lower().endswith(IMAGE_TYPES + VOLUME_TYPES):
-            check_length(file)
+            if is_long(file.name):
+                raise ValueError(f"{file}: its name is longer than {LONGEST_NAME} bytes; rename it")
             name = unicodedata.normalize("NFC", stem(file))
             check_alone(file, files.get(name))
             files[name] = file
     return files
 
 
-def check_length(path):
-    if len(os.fsencode(path.name)) > LONGEST_NAME:
-        raise ValueError(f"{path}: its name is longer than {LONGEST_NAME} bytes; rename it")
+def is_long(name):
+    return len(os.fsencode(name)) > LONGEST_NAME
 
 
 def check_alone(file, other):
@@ -324,9 +321,8 @@ def report_left_out(root: Path, read: set[Path]) -> None:
 def to_convert(files) -> str:
     """How to convert the files of formats that are not read, to be added to a message."""
     endings = {file.suffix.lower() for file in files}
-    advice = [f"; {ending} is not read: convert it to NIfTI or PNG by {tool}"
-              for ending, tool in CONVERTERS.items() if ending in endings]
-    return "".join(advice)
+    return "".join(f"; {ending} is not read: convert it to NIfTI or PNG by {tool}"
+                   for ending, tool in CONVERTERS.items() if ending in endings)
 
 
 def three_splits(site, parts, seed, patient_of):
@@ -337,7 +333,7 @@ def three_splits(site, parts, seed, patient_of):
     """
     rng = data.random_for(seed, "folder", site)
     groups, part_of = {}, {}
-    if not patient_of and "val" not in parts:
+    if patient_of is str and "val" not in parts:
         warn_of_split_patients(site, parts.get("all") or parts.get("train", []))
     for part, pairs in parts.items():
         patients = by_patient(pairs, patient_of)
@@ -364,11 +360,10 @@ def three_splits(site, parts, seed, patient_of):
 
 
 def by_patient(pairs, patient_of):
-    """The pairs (image, mask) of each patient, or each pair alone if patients are not known."""
+    """The pairs (image, mask) of each patient."""
     groups = defaultdict(list)
     for pair in pairs:
-        patient = patient_of(pair[0]) if patient_of else pair[0]
-        groups[patient].append(pair)
+        groups[patient_of(pair[0])].append(pair)
     return groups
 
 
@@ -425,9 +420,9 @@ def load_case(site, pair, kind, values, size):
 # ---------------------------------------------------------------- single files
 LISTED = re.compile(r"""  # the images of the table above, as `described` puts them
     PNG\ (1|L|LA|I;16B|RGB|RGBA|P|P;[124])
-    | BMP\ (1|L|P|P;[14]|BGR|BGRX|BGRA)
-    | TIFF\ ((1\ 1x1|L\ 1x8)(\ white-is-0)? | LA\ 2x8 | RGB\ 3x8 | RGBA\ 4x8 | P\ 1x[1248]
-             | I;16\ 1x16)  # big-endian it is I;16B
+    | BMP\ (1\ 1|L\ 8|P\ 8|P;1\ 1|P;4\ 4|BGR\ 24|BGRX\ 32|BGRA\ 32)-bit
+    | TIFF\ (1\ 1x1\ [01]|L\ 1x8\ [01]|LA\ 2x8\ 1|RGB\ 3x8\ 2|RGBA\ 4x8\ 2|P\ 1x[1248]\ 3
+             |I;16\ 1x16\ 1)  # a photometric of 0: 0 is white; if it is big-endian, I;16B
       \ (raw | packbits | (tiff_lzw|tiff_deflate|tiff_adobe_deflate)(\ predicted)?)
     | (JPEG|MPO)\ (L|RGB)  # MPO: a photograph with more pictures behind it
     """, re.VERBOSE)
@@ -500,16 +495,18 @@ def described(file):
     if pages > 1 and file.format != "MPO":
         return f"{file.format} of {pages} pages"
     if file.format in ("PNG", "BMP", "JPEG", "MPO"):
-        stored = file.tile[0][3]  # of JPEG and BMP the mode and more
-        return f"{file.format} {stored if isinstance(stored, str) else stored[0]}"
+        stored, bits = file.tile[0][3], ""  # of JPEG and BMP the mode and more
+        if file.format == "BMP":
+            file.fp.seek(28)
+            bits = f" {file.fp.read(1)[0]}-bit"  # pillow may take 8 for 1
+        return f"{file.format} {stored if isinstance(stored, str) else stored[0]}{bits}"
     if file.format != "TIFF":
         return file.format
     tags = file.tag_v2  # by their numbers in TIFF
-    samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
-    white = " white-is-0" if tags.get(262) == 0 else ""
+    samples, bits, photometric = tags.get(277, 1), max(tags.get(258, (1,))), tags.get(262, 0)
     numbers = " signed or float" if set(tags.get(339, (1,))) != {1} else ""
     predicted = " predicted" if tags.get(317, 1) > 1 else ""
-    return (f"TIFF {file.mode} {samples}x{bits}{white}{numbers} "
+    return (f"TIFF {file.mode} {samples}x{bits} {photometric}{numbers} "
             f"{file.info['compression']}{predicted}")
 
 
@@ -537,9 +534,10 @@ def look_at(path):
         turn = turn if turn in range(2, 9) else 1
         if file.mode != "P":
             return turn, {}
-        shown = np.reshape(file.convert("RGB"), (-1, 3)).tolist()
-        values, places = np.unique(file.convert(mode_to_read(file, True)), return_index=True)
-    return turn, {value: tuple(shown[place]) for value, place in zip(values.tolist(), places)}
+        palette = np.reshape(file.getpalette(), (-1, 3)).tolist()
+        grey = mode_to_read(file, as_mask=True) == "L"
+        used = np.unique(file).tolist()
+    return turn, {palette[index][0] if grey else index: tuple(palette[index]) for index in used}
 
 
 def read_volume(path):
@@ -560,8 +558,7 @@ def read_volume(path):
                        f"at most {MOST_VOXELS} voxels are expected, found {numbers} in {shape}; "
                        "convert it")
     file.get_qform()  # raises what it would while a mask is written
-    to_ours, _ = axis_changes(file.affine)
-    file = file.as_reoriented(to_ours)
+    file = file.as_reoriented(to_our_axes(file.affine))
     voxels = np.ascontiguousarray(file.dataobj, dtype=np.float32)
     if path.suffix.lower() == ".gz":
         read_to_the_end(path)
@@ -580,11 +577,10 @@ def read_to_the_end(path):
             pass
 
 
-def axis_changes(affine):
-    """For nibabel: from the axes of an affine to (slice, row, column), and back."""
+def to_our_axes(affine):
+    """For nibabel: the change from the axes of an affine to (slice, row, column)."""
     from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
-    own, ours = io_orientation(affine), axcodes2ornt("SPL")
-    return ornt_transform(own, ours), ornt_transform(ours, own)
+    return ornt_transform(io_orientation(affine), axcodes2ornt("SPL"))
 
 
 def voxel_size(affine):

@@ -40,8 +40,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = images.add_argument
     add("root", metavar="DIR", nargs="?", help="the folder that holds one folder a hospital")
     add("--mask-values", type=int, nargs="+", help="grey values of the classes in their masks")
-    add("--patients", metavar="REGEX", help="finds in a file's name, as its first group, whose image "
-        "it is: images of one patient come into one part")
+    add("--patients", metavar="REGEX", help="its first group, found in the name of a file, is the "
+        "patient, whose images come into one part")
     add("--list", action="store_true", help="show what the images are and end")
     args = train.parse_training(parser, argv, images, may_change=("root",))
     if args.patients is not None and not has_a_group(args.patients):
@@ -75,7 +75,7 @@ def patient_of(file: Path, pattern: str) -> str:
 def read_images(args: argparse.Namespace, seed: int) -> data.DataSet:
     """The source of the images: the folder DIR, split by this seed where it is not split."""
     try:
-        whose = partial(patient_of, pattern=args.patients) if args.patients else None
+        whose = partial(patient_of, pattern=args.patients) if args.patients else str
         return folders.load_folder(args.root, args.size, args.mask_values, seed, whose)
     except (ValueError, OSError, ImportError) as error:  # they name the file and a way out
         train.stop(str(error), 1)

@@ -169,7 +169,7 @@ def test_each_seed_splits_the_images_anew(tmp_path, monkeypatch):
     words = ["--mask-values", "0", "255", "--seeds", "0", "3", "--methods", "iopfl"]
     assert call_own_images(tmp_path / "sites", *TOY_FOLDER, *words, "--out", tmp_path / "run") == 0
     root = str((tmp_path / "sites").resolve())
-    assert calls == [(root, 16, [0, 255], 0, None), (root, 16, [0, 255], 3, None)]
+    assert calls == [(root, 16, [0, 255], 0, str), (root, 16, [0, 255], 3, str)]
     assert {row["seed"] for row in rows_of(tmp_path / "run")} == {0, 3}
 
 

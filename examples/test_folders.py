@@ -670,6 +670,7 @@ def test_what_a_decoder_warns_of_is_not_shown(tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_one(tmp_path / "p.png")
+        assert folders.look_at(tmp_path / "p.png")[0] == 1
 
 
 # ---------------------------------------------------------------- the list of what is read
@@ -786,14 +787,15 @@ def test_samples_of_tiff(tmp_path, dtype, order, compression):
 
 @pytest.mark.parametrize("shape, dtype, other, found", [
     ((20, 24, 3), "u1", {}, None),
-    ((20, 24, 3), "u2", {}, "RGB 3x16 raw"),
-    ((20, 24), "u1", {PREDICTOR: 2}, "L 1x8 raw predicted"),
-    ((20, 24), "u1", {COMPRESSION: 32773, PREDICTOR: 2}, "L 1x8 packbits predicted"),
-    ((20, 24), "u1", {COMPRESSION: 7}, "L 1x8 jpeg"),
-    ((20, 24), "u1", {COMPRESSION: ZSTD}, "L 1x8 zstd"),
-    ((20, 24), "u1", {SAMPLES: 2, UNKNOWN: 0}, "L 2x8 raw"),  # the first would be read
+    ((20, 24, 3), "u2", {}, "RGB 3x16 2 raw"),
+    ((20, 24), "u1", {PREDICTOR: 2}, "L 1x8 1 raw predicted"),
+    ((20, 24), "u1", {COMPRESSION: 32773, PREDICTOR: 2}, "L 1x8 1 packbits predicted"),
+    ((20, 24), "u1", {COMPRESSION: 7}, "L 1x8 1 jpeg"),
+    ((20, 24), "u1", {COMPRESSION: ZSTD}, "L 1x8 1 zstd"),
+    ((20, 24), "u1", {SAMPLES: 2, UNKNOWN: 0}, "L 2x8 1 raw"),  # the first would be read
+    ((20, 24, 3), "u1", {PHOTOMETRIC: 6, COMPRESSION: DEFLATE}, "RGB 3x8 6 tiff_adobe_deflate"),
     ((20, 24), "u1", {PHOTOMETRIC: 0}, None),
-    ((20, 24), "u2", {PHOTOMETRIC: 0}, "I;16 1x16 white-is-0 raw"),
+    ((20, 24), "u2", {PHOTOMETRIC: 0}, "I;16 1x16 0 raw"),
 ])
 def test_ways_of_storing_in_tiff(tmp_path, shape, dtype, other, found):
     file = tmp_path / "t.tif"
@@ -861,24 +863,57 @@ def test_colours_are_red_green_and_blue(tmp_path, mode):
         is_refused(tmp_path / "i.jpg", "JPEG CMYK;I")
 
 
-@pytest.mark.parametrize("bits", [16, 24, 32])
-def test_kinds_of_bmp(tmp_path, bits):
-    """Of 16 bits in all, a colour has five."""
-    file = tmp_path / "i.bmp"
-    pixels = random_pixels(20, 24, 3)
-    if bits == 24:
-        save_image(file, pixels)
+def write_bmp(file, values, bits, palette=()):
+    """values: (H, W) indices of grey values in a palette, or (H, W, 2 to 4) bytes."""
+    rows = values.reshape(len(values), -1)
+    if palette:
+        single = np.unpackbits(rows[:, :, None].astype(np.uint8), axis=2)[:, :, -bits:]
+        rows = np.packbits(single.reshape(len(rows), -1), axis=1)
+    rows = np.pad(rows, [(0, 0), (0, -rows.shape[1] % 4)])[::-1]  # from below
+    colours = b"".join(bytes([grey, grey, grey, 0]) for grey in palette)
+    start = 54 + len(colours)
+    height, width = values.shape[:2]
+    sizes = struct.pack("<IHHI", start + rows.size, 0, 0, start)
+    header = struct.pack("<IiiHHIIiiII", 40, width, height, 1, bits, 0, 0, 0, 0, len(palette), 0)
+    file.write_bytes(b"BM" + sizes + header + colours + rows.astype(np.uint8).tobytes())
+
+
+@pytest.mark.parametrize("bits, found", [
+    (16, "BGR;15 16-bit"),  # a colour has five of them
+    (24, None),
+    (32, None),
+])
+def test_colours_of_bmp(tmp_path, bits, found):
+    pixels = random_pixels(20, 24, bits // 8)
+    write_bmp(tmp_path / "i.bmp", pixels, bits)
+    if found:
+        is_refused(tmp_path / "i.bmp", f"BMP {found}")
+    else:  # blue comes first
+        assert np.array_equal(read_one(tmp_path / "i.bmp"), pixels[:, :, 2::-1])
+
+
+@pytest.mark.parametrize("bits, palette, found", [
+    (1, [0, 255], None),
+    (1, [255, 0], None),
+    (4, [0, 255], "1 4-bit"),  # which pillow takes for 1 bit, in these and the next ones
+    (8, [0, 255], "1 8-bit"),
+    (4, range(16), "L 4-bit"),
+    (4, [7, 9, 11], None),
+    (8, range(256), None),
+    (8, [7, 9, 11], None),
+])
+@pytest.mark.parametrize("width", [4, 24])
+def test_palettes_of_bmp(tmp_path, bits, palette, found, width):
+    file = tmp_path / "m.bmp"
+    indices = random_pixels(20, width).astype(int) % len(palette)
+    write_bmp(file, indices, bits, palette)
+    if found:
+        is_refused(file, f"BMP {found}", as_mask=True)
     else:
-        rows = np.zeros((20, 24, bits // 8), np.uint8)
-        if bits == 32:
-            rows[..., :3] = pixels[::-1, :, ::-1]  # from below; blue comes first
-        size = struct.pack("<IHHI", 54 + rows.size, 0, 0, 54)
-        header = struct.pack("<IiiHHIIiiII", 40, 24, 20, 1, bits, 0, rows.size, 0, 0, 0, 0)
-        file.write_bytes(b"BM" + size + header + rows.tobytes())
-    if bits == 16:
-        is_refused(file, "BMP BGR;15")
-    else:
-        assert np.array_equal(read_one(file), pixels)
+        greys = np.array(palette)[indices]
+        values = [0, 1] if list(palette) == [0, 255] else None  # bits are read as 0 and 1
+        expected = indices if values else greys
+        assert np.array_equal(mask_in(file, (20, width), values=values), expected)
 
 
 # ---------------------------------------------------------------- palettes
@@ -911,7 +946,7 @@ def test_masks_with_the_same_palette(tmp_path):
 def test_masks_whose_palettes_are_of_each_file(tmp_path):
     """As after `quantize`: black is 1 in one file, 2 in another."""
     indices = disc(32, 12) + disc(32, 6)
-    text = r"a/masks/.*: . is \(.*\) in its palette, but \(.*\) in that of .*a/masks/0.*grey images"
+    text = r"a/masks/.*: . is \(.*\) in its palette, but \(.*\) in that of .*a/masks/.*grey images"
     with_palettes(tmp_path, indices, RED_GREEN + BLACK, BLACK + RED_GREEN)
     loading_fails(tmp_path, text)
     text = r"a/masks/.*: \(0, 0, 0\) is . in its palette, but . in that of .*a/masks/0.*grey images"
@@ -1048,7 +1083,7 @@ def test_patients_in_two_folders_are_refused(tmp_path):
 
 def test_too_few_patients(tmp_path):
     with_patients(tmp_path, "a", 2, 4)
-    with pytest.raises(ValueError, match="or patients if they are told: 2 in all; either 3 or more"):
+    with pytest.raises(ValueError, match="or patients if they are told: 2 in all; either 3 or"):
         folders.load_folder(tmp_path, 16, patient_of=whose)
 
 
@@ -1524,7 +1559,7 @@ def two_sites(tmp_path):
     (remove, ["a/*/*"], "site 'a': images, .*: 0 in all; either 3 or more"),
     (remove, ["a/*/0[234].png"], "site 'a': images, .*: 2 in all; either 3 or more"),
     (write_site, ["a/train", 3], "site 'a': images, .*: 5 in all, 3 in train; "),
-    (rename, ["a", "a" * 221], "a: its name is longer than 220 bytes; rename it"),
+    (rename, ["a", "a" * 221], "a site cannot be called .*; rename it, in at most 220 bytes"),
     (copy, [IMAGE, f"a/images/{'é' * 109}.png"], "é.png: its name is longer than 220 bytes"),
     (rename, ["a", "a\nb"], r"a site cannot be called 'a\\nb'; rename it"),
     (rename, ["a", "global"], "a site cannot be called 'global'; rename it"),
