@@ -801,7 +801,10 @@ def test_ways_of_storing_in_tiff(tmp_path, shape, dtype, other, found):
     file = tmp_path / "t.tif"
     pixels = random_pixels(*shape).astype(dtype)
     write_tiff(file, pixels, "<", other)
-    if found:
+    if found == "L 2x8 1 raw":  # pillow itself refuses it in earlier versions
+        with pytest.raises(ValueError, match=f"t.tif: (TIFF {found} is not read|not a readable)"):
+            folders.read_file(file)
+    elif found:
         is_refused(file, f"TIFF {found}")
     else:
         expected = 255 - pixels if other else pixels  # 0 is white
@@ -856,7 +859,7 @@ def test_formats_go_by_content_not_by_name(tmp_path, ending, stored, found, as_i
 def test_colours_are_red_green_and_blue(tmp_path, mode):
     image = Image.fromarray(random_pixels(20, 24, 3)).convert(mode)
     image.save(tmp_path / "i.tif")
-    with pytest.raises(ValueError, match=f"i.tif: TIFF {mode} .* is not read"):
+    with pytest.raises(ValueError, match=f"i.tif: TIFF ({mode}|RGB 3x8 6) .* is not read"):
         folders.read_file(tmp_path / "i.tif")
     if mode == "CMYK":
         image.save(tmp_path / "i.jpg")
