@@ -137,7 +137,8 @@ TURNS = {  # of an image, by its orientation in EXIF
 TURNED = [None, 1, 1, *range(2, 10)]  # orientations that are written; 9 is none
 COUNTED = r"left out: (\d+) files or empty folders"
 TOLD = ("left out: ", "not scored: ", "no mask has the name", "show one patient", "lose a class",
-        "no site has masks", "less than a tenth of the border")  # lines that are no errors
+        "no site has masks", "less than a tenth of the border",
+        "class 0 is to be the background")  # lines that are no errors
 
 
 # ---------------------------------------------------------------- what is damaged

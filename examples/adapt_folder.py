@@ -247,7 +247,8 @@ def read_images(images: str, masks: str | None, config: dict) -> tuple:
         inputs.append(torch.from_numpy(seen))
     if not pairs:
         conversions = folders.to_convert(Path(images).iterdir())
-        train.stop(f"{images}: no image or volume that can be used{conversions}", 1)
+        train.stop(f"{images}: no image or volume that can be used; subfolders are not searched"
+                   f"{conversions}", 1)
     if masks and not any(mask_file for _, mask_file in pairs):
         train.show_warning(f"--masks {masks}: no mask has the name of an image")
     return pairs, inputs, len(every) - len(pairs)
@@ -381,7 +382,7 @@ class Scorer:
         return row
 
     def warn_if_inside_out(self) -> None:
-        if self.facts.get("mask_values") and self.background and np.mean(self.background) < 0.1:
+        if self.background and np.mean(self.background) < 0.1:
             train.show_warning("less than a tenth of the border of the masks is background: if "
                                "they are inside out, give the value outside first: --mask-values")
 

@@ -135,17 +135,21 @@ def grey_values(kind, given):
 def check_background(site, cases, kind, values):
     """Raise ValueError if hardly a border pixel of a site's masks is of the value for background.
 
-    Masks of classes are taken as they are, so that who means it has a way out.
+    Of masks of classes this is a warning alone, so that who means it has a way out.
     """
     border = np.sum([case.border for case in cases], axis=0)
-    if border[0] >= 0.1 * border.sum() or not (values or kind == "volumes"):
+    share = border[0] / border.sum()
+    if share >= 0.1:
         return
-    advice = "save 0 outside of the organ"
+    text = (f"site '{site}': {100 * share:.0f} % of the border pixels of its masks are background, "
+            "they may be inside out;")
     if values:
         ordered = background_first(values, values[border.argmax()])
-        advice = f"--mask-values {in_words(ordered)}; or else save the masks as classes 0, 1 …"
-    raise ValueError(f"site '{site}': {100 * border[0] / border.sum():.0f} % of the border pixels "
-                     f"of its masks are background, they may be inside out; {advice}")
+        raise ValueError(f"{text} --mask-values {in_words(ordered)}; or else save them as classes "
+                         "0, 1 …")
+    if kind == "volumes":
+        raise ValueError(f"{text} save 0 outside of the organ")
+    warnings.warn(f"{text} class 0 is to be the background", stacklevel=3)
 
 
 def check_palette(file, seen):
@@ -163,14 +167,14 @@ def check_palette(file, seen):
 
 def structures_in(kind, cases, values):
     """The structures of a data set, from the classes in the masks of all its cases."""
-    if kind == "volumes":
-        return data.PROSTATE
     holders = {number: case.files[1] for case in cases for number in case.classes}
     classes = sorted(holders)
     count = len(values or classes)
     if len(classes) < 2 or classes[-1] >= count:
         raise ValueError(f"{holders[classes[-1]]}: all masks together hold {classes}; expected are "
                          "0, 1 … without a gap, or else list all grey values: --mask-values")
+    if kind == "volumes":
+        return data.PROSTATE
     if kind == "fundus":
         return data.DISC_AND_CUP
     warn_of_two_numberings(cases, len(classes))
@@ -213,8 +217,8 @@ def find_sites(root):
                                  f"{LAYOUTS}{to_convert(root.rglob('*'))}")
             kinds.add(kind_of(image))
     if len(kinds) != 1:
-        problem = "different layouts" if kinds else "no sites found"
-        raise ValueError(f"{root}: {problem}; {LAYOUTS}{to_convert(root.rglob('*'))}")
+        raise ValueError(f"{root}: {'different layouts' if kinds else 'no sites found'}; {LAYOUTS}"
+                         f"{to_convert(root.rglob('*'))}")
     return kinds.pop(), sites
 
 
@@ -314,8 +318,8 @@ def report_left_out(root: Path, read: set[Path]) -> None:
         if not (hidden or holds_something or path in read):
             left.append(path)
     if left:
-        warnings.warn(f"left out: {len(left)} files or empty folders that are no image or mask of "
-                      f"a site, such as {left[0]}{to_convert(left)}", stacklevel=2)
+        warnings.warn(f"left out: {len(left)} files or empty folders that are no image of a site "
+                      f"and no mask of an image, such as {left[0]}{to_convert(left)}", stacklevel=2)
 
 
 def to_convert(files) -> str:
@@ -353,9 +357,9 @@ def three_splits(site, parts, seed, patient_of):
         splits[:2] = train[count:], train[:count]
     if not all(splits) or "all" in parts and len(parts) > 1:
         counts = ", ".join(f"{len(found)} in {part}" for part, found in groups.items())
-        raise ValueError(f"site '{site}': images, or patients if they are told: {counts}; either 3 "
-                         "or more lie in the site's own folder, or 1 or more in each of train, val "
-                         "and test; 2 or more in train without val")
+        raise ValueError(f"site '{site}': {counts}; of images, or of patients if they are told, 3 "
+                         "or more are needed in the site's own folder, or 1 or more in each of "
+                         "train, val and test; 2 or more in train without val")
     return [sum(split, []) for split in splits]
 
 
@@ -481,7 +485,8 @@ def read_image(path, as_mask):
     with open(path, "rb") as stream, Image.open(stream) as file:  # not by name: turned TIFFs fail
         found = described(file)
         if not LISTED.fullmatch(found) or as_mask and file.format in ("JPEG", "MPO"):
-            raise Unusable(f"{found} is not read; save it as PNG, grey of 8 or 16 bits or RGB of 8")
+            raise Unusable(f"{found} is not read as {'a mask' if as_mask else 'an image'}; save "
+                           "the original as PNG, grey of 8 or 16 bits or RGB of 8")
         if file.has_transparency_data and file.convert("RGBA").getextrema()[3][0] < 255:
             raise Unusable("it is transparent in places; save it without an alpha channel")
         image = ImageOps.exif_transpose(file).convert(mode_to_read(file, as_mask))
@@ -602,7 +607,7 @@ def read_mask(path: Path, shape: tuple, kind: str = "images", values: list[int] 
     if (pixels != pixels[..., :1]).any():
         raise ValueError(f"mask {path}: one channel is expected; save it as a grey image")
     if image and look_at(image)[0] != look_at(path)[0]:
-        raise ValueError(f"mask {path}: EXIF turns it otherwise than its image; save both upright")
+        raise ValueError(f"mask {path}: EXIF turns it otherwise than {image}; save both upright")
     if is_volume(path) and affine is not None:
         pixels, own_affine = in_axes_of(affine, pixels, own_affine)
     mask = pixels[..., 0]
@@ -645,8 +650,8 @@ def classes_of(path, mask, kind, values, classes):
         if kind != "fundus" and distance.min(axis=1).any():
             advice = SMOOTHED if looks_smoothed(greys) else "or list what is a further class"
             raise ValueError(f"mask {path}: its values {in_words(greys)} are not all among "
-                             f"--mask-values {values}; all sites need the same value for the same "
-                             f"class; {advice}")
+                             f"--mask-values {values}; save the masks of all sites alike; "
+                             f"{advice}")
         found = nearest[np.searchsorted(greys, mask)]
         if kind == "fundus":
             common = greys[counts > 0.01 * mask.size]  # smoothed edges are few pixels of each value
@@ -672,7 +677,8 @@ def background_first(values, outside):
 def advice_for(mask, greys):
     """What to do about the grey values of a mask, if they are no classes."""
     if len(greys) > 2 and greys[-1] == 255 and greys[-2] < MOST_CLASSES:
-        return f"it holds {in_words(greys)}: no pixel is ignored, give those of 255 a class"
+        return (f"it holds {in_words(greys)}: if 255 means 'ignore', that is not supported, give "
+                "these pixels a class")
     if looks_smoothed(greys):
         return SMOOTHED
     ordered = background_first(greys, mode(border_of(mask).tolist()))
@@ -713,8 +719,8 @@ def network_input(path: Path, pixels: ndarray, size: int, channels: int, kind: s
     other_kind = channels == 3 and volume != (kind == "volumes")
     colours = channels == 1 and (pixels != pixels[..., :1]).any()
     if other_kind or colours:
-        raise ValueError(f"{path}: the run was trained on files of kind {kind} with {channels} "
-                         "channels; convert or remove it")
+        raise ValueError(f"{path}: it has {pixels.shape[-1]} channels, the run was trained on "
+                         f"files of kind {kind} with {channels}; convert or remove it")
     if volume:
         low, high = np.percentile(pixels, [0.5, 99.5])
         slices = np.clip(pixels[..., 0], low, high)

@@ -235,7 +235,7 @@ def test_splits_that_lack_images(tmp_path, counts, emptied, text):
     write_split_site(tmp_path, "a", **counts)
     if emptied:
         remove(tmp_path, emptied)
-    loading_fails(tmp_path, f"site 'a': images, or patients if they are told: {text}")
+    loading_fails(tmp_path, f"site 'a': {text}")
 
 
 @pytest.mark.parametrize("old, new", [
@@ -500,7 +500,7 @@ def test_sites_that_number_the_classes_otherwise(tmp_path):
     write_site(tmp_path, "a", 4, values=(0, 1))
     write_site(tmp_path, "b", 4, values=(0, 255))
     loading_fails(tmp_path, "b/masks/.*2 values up to 255.*--mask-values (0 255|255 0)$")
-    loading_fails(tmp_path, "a/masks/.*not all among.*all sites need the same value", [0, 255])
+    loading_fails(tmp_path, "a/masks/.*not all among.*save the masks of all sites alike", [0, 255])
     loaded, lines = warned(tmp_path, [0, 1, 255])
     assert loaded.classes == 3
     assert "no site has masks of all 3 classes (a [0, 1]; b [0, 2])" in lines[0]
@@ -678,8 +678,9 @@ def is_refused(file, found, as_mask=False):
     """Reading ends in one line that says what was found and what to do."""
     with pytest.raises(ValueError) as caught:
         folders.read_file(file, as_mask)
-    expected = f"{file}: {found} is not read; save it as PNG, grey of 8 or 16 bits or RGB of 8"
-    assert str(caught.value) == expected
+    kind = "a mask" if as_mask else "an image"
+    assert str(caught.value) == (f"{file}: {found} is not read as {kind}; save the original as "
+                                 "PNG, grey of 8 or 16 bits or RGB of 8")
 
 
 def write_png(file, values, colour_type, bits):
@@ -781,7 +782,7 @@ def test_samples_of_tiff(tmp_path, dtype, order, compression):
         assert np.array_equal(read_grey(file), pixels)
         assert np.array_equal(mask_in(file, (20, 24)), pixels)
     else:
-        with pytest.raises(ValueError, match="t.tif: (TIFF .* is not read; save it as PNG|not a)"):
+        with pytest.raises(ValueError, match="t.tif: (TIFF .* is not read as an image|not a)"):
             folders.read_file(file)
 
 
@@ -822,7 +823,7 @@ def test_compressions_of_tiff(tmp_path, dtype, compression):
     except (OSError, RuntimeError):
         pytest.skip("pillow does not write this")
     if compression in ("jpeg", "group4"):
-        with pytest.raises(ValueError, match=f"m.tif: TIFF .* {compression} is not read; save it"):
+        with pytest.raises(ValueError, match=f"m.tif: TIFF .* {compression} is not read as"):
             folders.read_file(file)
     else:
         assert np.array_equal(read_grey(file), pixels)
@@ -1003,7 +1004,7 @@ def test_what_lies_outside_is_advised_first(tmp_path, values, advice):
         loaded, _ = warned(tmp_path, given)
         assert np.array_equal(loaded.sites[0].train.masks[0], classes)
     loading_fails(tmp_path, "site 'a': 0 % of the border pixels of its masks are background.*"
-                  f"--mask-values {advice}; or else save the masks as classes 0, 1 …$", given[::-1])
+                  f"--mask-values {advice}; or else save them as classes 0, 1 …$", given[::-1])
 
 
 def test_masks_that_fill_the_border_may_be_meant(tmp_path):
@@ -1013,8 +1014,11 @@ def test_masks_that_fill_the_border_may_be_meant(tmp_path):
     loading_fails(tmp_path, "site 'c': .*--mask-values 255 0", [0, 255])
     classes = fill(tmp_path, "b", 1, 0)
     fill(tmp_path, "c", 1, 0)
-    loaded, _ = warned(tmp_path)
+    loaded, lines = warned(tmp_path)
     assert np.array_equal(loaded.sites[0].train.masks[0], 1 - classes)
+    assert [line.split(";")[0] for line in lines] == [
+        f"site '{name}': 0 % of the border pixels of its masks are background, they may be inside "
+        "out" for name in "bc"]
 
 
 @pytest.mark.parametrize("share, fits", [(0.08, False), (0.12, True)])
@@ -1086,7 +1090,7 @@ def test_patients_in_two_folders_are_refused(tmp_path):
 
 def test_too_few_patients(tmp_path):
     with_patients(tmp_path, "a", 2, 4)
-    with pytest.raises(ValueError, match="or patients if they are told: 2 in all; either 3 or"):
+    with pytest.raises(ValueError, match="2 in all; of images, or of patients if they are told, 3"):
         folders.load_folder(tmp_path, 16, patient_of=whose)
 
 
@@ -1219,6 +1223,8 @@ def test_volumes_of_one_name_in_train_and_test(tmp_path):
 
 def test_volumes_of_one_slice(tmp_path):
     write_volumes(tmp_path, {"UCL": 6}, shape=(24, 20, 1))
+    loading_fails(tmp_path, r"all masks together hold \[0\]")
+    write_nifti(tmp_path / DRAWN, np.eye(24, 20, dtype=np.uint8)[..., None], affine("LPS"))
     loaded, lines = warned(tmp_path)
     assert not lines
     stack = loaded.sites[0].train.images[0]
@@ -1515,7 +1521,7 @@ def test_bright_and_dark_voxels_are_clipped():
 ])
 def test_what_a_network_refuses(name, channels, kind):
     pixels = noise(1, 8, 8, 3).float().numpy()
-    with pytest.raises(ValueError, match=f"{name}: the run was trained on .* {kind} "):
+    with pytest.raises(ValueError, match=f"{name}: it has 3 channels, the run was .* {kind} "):
         folders.network_input(Path(name), pixels, 8, channels, kind)
 
 
@@ -1559,9 +1565,9 @@ def two_sites(tmp_path):
 @pytest.mark.parametrize("change, words, text", [
     (remove, [MASK], "a/images/01.png has no mask of its name; add it"),
     (remove, ["a/masks"], "a/images/00.png has no mask"),
-    (remove, ["a/*/*"], "site 'a': images, .*: 0 in all; either 3 or more"),
-    (remove, ["a/*/0[234].png"], "site 'a': images, .*: 2 in all; either 3 or more"),
-    (write_site, ["a/train", 3], "site 'a': images, .*: 5 in all, 3 in train; "),
+    (remove, ["a/*/*"], "site 'a': 0 in all; of images, or of patients.*, 3 or more"),
+    (remove, ["a/*/0[234].png"], "site 'a': 2 in all; of images, .*, 3 or more"),
+    (write_site, ["a/train", 3], "site 'a': 5 in all, 3 in train; "),
     (rename, ["a", "a" * 221], "a site cannot be called .*; rename it, in at most 220 bytes"),
     (copy, [IMAGE, f"a/images/{'é' * 109}.png"], "é.png: its name is longer than 220 bytes"),
     (rename, ["a", "a\nb"], r"a site cannot be called 'a\\nb'; rename it"),
@@ -1750,8 +1756,8 @@ GREYS = np.arange(1024).reshape(32, 32).astype(np.uint8)
     (SPOT + 100 * OTHER, None, "--mask-values 0 1 100$"),
     (GREYS // 20 * 20, None, "--mask-values 0 20 40 "),
     (GREYS, None, "256 values up to 255; .*save it as PNG with one value a class"),
-    (SPOT + 255 * OTHER, None, "it holds 0 1 255: no pixel is ignored"),
-    (15 * SPOT + 255 * OTHER, None, "it holds 0 15 255: no pixel is ignored"),
+    (SPOT + 255 * OTHER, None, "it holds 0 1 255: if 255 means 'ignore'"),
+    (15 * SPOT + 255 * OTHER, None, "it holds 0 15 255: if 255 means 'ignore'"),
     (3 * SPOT, None, r"hold \[0, 1, 3\]; expected are 0, 1 … .*--mask-values"),
     (7 * SPOT, [0, 1], r"0 7 are not all among --mask-values \[0, 1\]; .*list what is a further"),
     (90 * SPOT + 200 * OTHER, [0, 1], "0 90 200 are not all among .*list what is a further class"),
@@ -1766,7 +1772,7 @@ def test_masks_that_cannot_be_used(two_sites, pixels, mask_values, text):
 def test_files_of_several_pages(tmp_path, name):
     pages = [Image.fromarray(np.full((8, 8), value, np.uint8)) for value in (1, 2)]
     pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
-    with pytest.raises(ValueError, match=f"{name}: [A-Z]* of 2 pages is not read; save it as PNG"):
+    with pytest.raises(ValueError, match=f"{name}: [A-Z]* of 2 pages is not read as an image"):
         folders.read_file(tmp_path / name)
 
 
