@@ -115,8 +115,8 @@ def load_folder(root: str | Path, size: int = 96, mask_values: list[int] | None 
     structures = structures_in(kind, every_case, values)
     report_left_out(root, {file for case in every_case for file in case.files})
     warn_of_lost_classes(every_case, size)
-    unit = "mm" if kind == "volumes" else "px"
-    return FolderDataSet(root.name, sites, channels, structures, unit, kind, values)
+    return FolderDataSet(root.name, sites, channels, structures,
+                         "mm" if kind == "volumes" else "px", kind, values)
 
 
 def grey_values(kind, given):
@@ -422,14 +422,15 @@ def load_case(site, pair, kind, values, size):
 
 
 # ---------------------------------------------------------------- single files
-LISTED = re.compile(r"""  # the images of the table above, as `described` puts them
-    PNG\ (1|L|LA|I;16B|RGB|RGBA|P|P;[124])
-    | BMP\ (1\ 1|L\ 8|P\ 8|P;1\ 1|P;4\ 4|BGR\ 24|BGRX\ 32|BGRA\ 32)-bit
-    | TIFF\ (1\ 1x1\ [01]|L\ 1x8\ [01]|LA\ 2x8\ 1|RGB\ 3x8\ 2|RGBA\ 4x8\ 2|P\ 1x[1248]\ 3
-             |I;16\ 1x16\ 1)  # a photometric of 0: 0 is white; if it is big-endian, I;16B
-      \ (raw | packbits | (tiff_lzw|tiff_deflate|tiff_adobe_deflate)(\ predicted)?)
-    | (JPEG|MPO)\ (L|RGB)  # MPO: a photograph with more pictures behind it
-    """, re.VERBOSE)
+LISTED = re.compile(  # the images of the table above, as `described` puts them
+    "PNG (1|L|LA|I;16B|RGB|RGBA|P|P;[124])"
+    "|BMP (1 1|L 8|P 8|P;1 1|P;4 4|BGR 24|BGRX 32|BGRA 32)-bit"
+    "|(JPEG|MPO) (L|RGB)"  # MPO: a photograph with more pictures behind it
+    "|TIFF of (1 x 1-bit 1, photometric [01]"  # 0: 0 is white
+    "|1 x 8-bit L, photometric [01]|2 x 8-bit LA, photometric 1|1 x [1248]-bit P, photometric 3"
+    "|3 x 8-bit RGB, photometric 2|4 x 8-bit RGBA, photometric 2"
+    "|1 x 16-bit I;16, photometric 1)"  # big-endian ones are I;16B
+    ", (raw|packbits|(tiff_lzw|tiff_deflate|tiff_adobe_deflate)(, predicted)?)")
 MOST_VOXELS = 2**28  # of a volume: 1 GiB as float32
 MILLIMETRES = {1: 1000.0, 3: 0.001}  # by NIfTI's codes of the metre and the micrometre
 
@@ -510,8 +511,8 @@ def described(file):
     tags = file.tag_v2  # by their numbers in TIFF
     samples, bits, photometric = tags.get(277, 1), max(tags.get(258, (1,))), tags.get(262, 0)
     numbers = " signed or float" if set(tags.get(339, (1,))) != {1} else ""
-    predicted = " predicted" if tags.get(317, 1) > 1 else ""
-    return (f"TIFF {file.mode} {samples}x{bits} {photometric}{numbers} "
+    predicted = ", predicted" if tags.get(317, 1) > 1 else ""
+    return (f"TIFF of {samples} x {bits}-bit {file.mode}{numbers}, photometric {photometric}, "
             f"{file.info['compression']}{predicted}")
 
 
