@@ -815,6 +815,18 @@ def test_ways_of_storing_in_tiff(tmp_path, shape, dtype, other, found):
         assert np.array_equal(read_one(file), expected.reshape(20, 24, -1))
 
 
+def test_bits_in_which_zero_is_white(tmp_path):
+    bits = disc(16, 5) > 0
+    save_image(tmp_path / "m.tif", bits)
+    entry = "<HHIHH"
+    black_is_zero = struct.pack(entry, PHOTOMETRIC, 3, 1, 1, 0)
+    content = (tmp_path / "m.tif").read_bytes()
+    assert content.count(black_is_zero) == 1
+    white_is_zero = struct.pack(entry, PHOTOMETRIC, 3, 1, 0, 0)
+    (tmp_path / "m.tif").write_bytes(content.replace(black_is_zero, white_is_zero))
+    assert np.array_equal(read_grey(tmp_path / "m.tif"), 1 - bits)
+
+
 @pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate", "tiff_deflate",
                                          "packbits", "jpeg", "group4"])
 @pytest.mark.parametrize("dtype", [bool, np.uint8, np.uint16])
