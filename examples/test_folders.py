@@ -735,7 +735,7 @@ def test_kinds_of_png(tmp_path, colour_type, samples, bits, stored):
         assert np.array_equal(read_one(file), values)
 
 
-DEFLATE, PACKBITS, ZSTD = 8, 32773, 50000  # numbers of TIFF's compressions
+DEFLATE, OLD_DEFLATE, PACKBITS, ZSTD = 8, 32946, 32773, 50000  # numbers of TIFF's compressions
 BITS, COMPRESSION, PHOTOMETRIC, SAMPLES, PREDICTOR = 258, 259, 262, 277, 317
 UNKNOWN, NUMBERS = 338, 339  # what a further sample is; signed, unsigned or float
 UNKNOWN_SAMPLE = "2 x 8-bit L, photometric 1, raw"
@@ -750,7 +750,7 @@ def write_tiff(file, pixels, order="<", other=None):
             PHOTOMETRIC: 2 if samples == 3 else 1, 273: 8, SAMPLES: samples, 278: height,
             NUMBERS: "uif".index(pixels.dtype.kind) + 1}
     tags |= other or {}
-    if tags[COMPRESSION] == DEFLATE:
+    if tags[COMPRESSION] in (DEFLATE, OLD_DEFLATE):
         content = zlib.compress(content)
     tags[279] = len(content)
     content += bytes(len(content) % 2)
@@ -799,6 +799,7 @@ def test_samples_of_tiff(tmp_path, dtype, order, compression):
     ((20, 24, 3), "u1", {PHOTOMETRIC: 6, COMPRESSION: DEFLATE},
      "3 x 8-bit RGB, photometric 6, tiff_adobe_deflate"),
     ((20, 24), "u1", {PHOTOMETRIC: 0}, None),
+    ((20, 24), "u1", {COMPRESSION: OLD_DEFLATE}, None),
     ((20, 24), "u2", {PHOTOMETRIC: 0}, "1 x 16-bit I;16, photometric 0, raw"),
 ])
 def test_ways_of_storing_in_tiff(tmp_path, shape, dtype, other, found):
@@ -811,7 +812,7 @@ def test_ways_of_storing_in_tiff(tmp_path, shape, dtype, other, found):
     elif found:
         is_refused(file, f"TIFF of {found}")
     else:
-        expected = 255 - pixels if other else pixels  # 0 is white
+        expected = 255 - pixels if other.get(PHOTOMETRIC) == 0 else pixels  # 0 is white
         assert np.array_equal(read_one(file), expected.reshape(20, 24, -1))
 
 
