@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -655,19 +655,29 @@ PRIOR_IMAGES = 16  # of the site, what trained statistics are worth (Schneider e
 @torch.inference_mode(False)
 @torch.no_grad()
 def fit_to_site(routed: RoutedNetwork, models: list, images: Tensor, *,
-                start: str = "matched", global_prior: float | None = 0.5,
-                share: float | None = None, online: bool = False) -> None:
+                inside: Sequence[float] | None = None, start: str = "matched",
+                global_prior: float | None = 0.5, share: float | None = None,
+                online: bool = False) -> None:
     """Once, before the first step: where routing starts, and whose BatchNorm statistics it uses.
-    It begins with `routed` as it was built, whatever was adapted, fitted or loaded before. Every
-    image and layer starts alike; steps change that.
+    It begins with `routed` as it was built, whatever was adapted, fitted or loaded before.
+
+    Every image and every layer starts with the same routing weights, and the default's steps are
+    too small to tell them apart: what is chosen is one mixture of the models for the site.
     models: those that `routed` was built from, in the same order (see `check_routed`).
     images: (N, C_in, …) of the site; for `online` the first batch, which `adapt_online` counts
     itself.
+    inside: of each hospital that trained the models the `divergence` of its own training images
+    from the last model, the global one, (K,): by these the site is near or far (`site_share`).
     start: "matched", see `start_weights`; "uniform"; or "random": the routers as they were built.
     share: of the site's statistics in BatchNorm's, in [0, 1], used as it is. By default it is
     `site_share` · n / (n + 16) where n images were counted: one image alone does not decide.
+    Without `inside` that is ¼ · n / (n + 16).
     Networks without BatchNorm have no statistics to compare: "matched" is then the prior alone."""
     images = checked(images)
+    if inside is not None:
+        inside = torch.as_tensor(inside, dtype=torch.float64)
+        if inside.ndim != 1 or not len(inside) or not 0 <= inside.min() <= inside.max() < math.inf:
+            raise ValueError("inside: one finite divergence, 0 or more, of each hospital is needed")
     if start not in ("matched", "uniform", "random"):
         raise ValueError(f"start is '{start}', but may be matched, uniform or random")
     if share is not None and not 0 <= share <= 1:
@@ -684,7 +694,7 @@ def fit_to_site(routed: RoutedNetwork, models: list, images: Tensor, *,
         set_start(routed, weights.clamp(1e-6, 1 - 1e-6))  # so that gradients reach every expert
     prior_images = 0
     if share is None:
-        share = site_share(models, D[-1])
+        share = site_share(D[-1].item(), inside)
         prior_images = PRIOR_IMAGES
     for norm in routed.parts(RoutedBatchNorm):
         norm.site_share.fill_(share)
@@ -754,22 +764,18 @@ def running_norms(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if has_running_statistics(module)]
 
 
-def site_share(models: list[nn.Module], D: Tensor) -> float:
-    """The share of the site's statistics in BatchNorm's, 1 / (1 + (7 u / D)⁴), for every layer.
-    D: the site's `divergence` from the last model, the global one; u: that of the other models'
-    running statistics, in the mean: how far apart the known hospitals lie. A site no farther off
-    keeps what was learnt from more images than it has. 0 where u does not exist: one model alone,
-    no running statistics. The constant was set on six real sources and the simulation's seed 41."""
-    *others, last = [running_norms(model) for model in models]
-    layers = []
-    for norms in others:
-        for norm, of_last in zip(norms, last):
-            layers.append(gaussian_divergence(norm.running_mean, norm.running_var, of_last))
-    if not layers:
+def site_share(D: float, inside: Tensor | None = None) -> float:
+    """The share of the site's statistics in BatchNorm's, 1 / (1 + (median_k D_k / D)⁴).
+    D: the site's `divergence` from the global model. inside: those of the hospitals inside, D_k,
+    (K,). A site as far away as the median of them gets one half. If it differs less than they do,
+    the trained statistics are kept, which come from more images. Without `inside` the share is ¼;
+    where D is 0, as in networks without running statistics, it is 0."""
+    if D <= 0:
         return 0.0
-    u = torch.stack(layers).mean()
-    ratio = u / D.clamp_min(1e-12)
-    return float(1 / (1 + (7 * ratio) ** 4))
+    if inside is None:
+        return 0.25
+    median = inside.quantile(0.5).item()
+    return 1 / (1 + (median / D) ** 4)
 
 
 def some_of_all(images: Tensor) -> Tensor:

@@ -126,11 +126,11 @@ def run_federation(federation: Federation) -> dict:
             rows += score_inside(federation, model, progress, method, "validation")
 
     # Outside. What is routed: the personalised models and, as the last one, the global model.
-    if federation.hold_out and federation.training == "plain":
+    if federation.training == "plain":
         models = routed_models(model, progress)
-        outside_rows, weights = hospital_outside(federation, models, methods)
-        rows += outside_rows
-        result["routing"] |= weights
+        result["distances_inside"] = distances_inside(federation, models["global"])
+        if federation.hold_out:
+            rows += hospital_outside(federation, models, methods, result)
     about = {"seed": federation.seed, "hold_out": federation.hold_out}
     result |= about
     result["rows"] += [row | about for row in rows]
@@ -168,11 +168,20 @@ def routed_models(model: nn.Module, progress: Progress) -> dict[str, nn.Module]:
     return models
 
 
-def hospital_outside(federation: Federation, models: dict, methods: list) -> tuple:
+def distances_inside(federation: Federation, global_model: nn.Module) -> dict[str, float]:
+    """How far each hospital's training images lie from the global model: one number leaves each."""
+    distances = {}
+    for site in federation.inside:
+        images = site.train.to(federation.args.device).images.float()
+        distances[site.name] = router.divergence(global_model, images).item()
+    return distances
+
+
+def hospital_outside(federation: Federation, models: dict, methods: list, result: dict) -> list:
     """What each method makes of the hospital held out; all its images are test images.
 
-    models: as `routed_models` returns them. Returns rows, and for each kind of routing its mean
-    weights by layer. The federation's folder gets the networks that were routed, and pictures.
+    models: as `routed_models` returns them. Returns rows; `result`, the content of rows.json, gets
+    what routing chose. The federation's folder gets the networks that were routed, and pictures.
     """
     dataset, folder = federation.dataset, federation.folder
     site = next(site for site in dataset.sites if site.name == federation.hold_out)
@@ -180,22 +189,26 @@ def hospital_outside(federation: Federation, models: dict, methods: list) -> tup
     split = everything.to(federation.args.device)
     networks = list(models.values())
     by_global = probabilities_of(models["global"], split.images).argmax(dim=1).cpu()
-    rows, weights = [], {}
+    inside = list(result["distances_inside"].values())
+    labels = labels_of(dataset)
+    rows = []
     for method in methods:
         if method not in OUTSIDE:
             continue
         # The oracle alone reads split.masks.
-        outcome = OUTSIDE[method](networks, split, federation.seed)
+        outcome = OUTSIDE[method](networks, split, federation.seed, inside)
         prediction = outcome.probabilities.argmax(dim=1).cpu()  # (N, H, W)
         rows += score(dataset, site, split, prediction, "outside", method)
         if outcome.routed is not None and outcome.routed.experts > 1:
-            weights[method] = mean_routing(outcome.routed, split.images)
-            save(folder / f"{method}.pt", iopfl.snapshot(outcome.routed))
-            labels = labels_of(dataset)
+            routing = routing_of(outcome.routed, split.images)
+            result["routing"][method] = mean_routing(routing)
+            result["routing_spread"][method] = routing_spread(routing)
             columns = [labels.get(name, name) for name in models]
-            draw_heat_map(weights[method], columns, folder / f"{method}-weights.png")
+            print(f"{method}, {routing_in_words(routing, columns)}")
+            save(folder / f"{method}.pt", iopfl.snapshot(outcome.routed))
+            draw_heat_map(mean_routing(routing), columns, folder / f"{method}-weights.png")
             draw_outside(everything, by_global, prediction, folder / f"{method}-masks.png")
-    return rows, weights
+    return rows
 
 
 # ---------------------------------------------------------------- methods inside
@@ -282,19 +295,20 @@ class Outcome(NamedTuple):
     routed: router.RoutedNetwork | None = None
 
 
-# Each takes the models (the global one last), the hospital's images as a `data.Split`, and a seed.
-# `float()`, since slices of volumes are kept in float16.
-def global_model(models, split, seed):
+# Each takes the models (the global one last), the hospital's images as a `data.Split`, a seed, and
+# how far the hospitals inside lie from the global model, a list. `float()`, since slices of volumes
+# are kept in float16.
+def global_model(models, split, *_):
     return Outcome(probabilities_of(models[-1], split.images))
 
 
-def ensemble(models, split, seed):
+def ensemble(models, split, *_):
     """The mean of all models' probabilities."""
     total = sum(probabilities_of(model, split.images) for model in models)
     return Outcome(total / len(models))
 
 
-def average(models, split, seed):
+def average(models, split, *_):
     """One model with the mean of all models' weights."""
     states = [iopfl.snapshot(model) for model in models]
     mean = iopfl.aggregate(states, weights=[1] * len(states))
@@ -302,7 +316,7 @@ def average(models, split, seed):
     return Outcome(probabilities_of(model, split.images))
 
 
-def best_inside(models, split, seed):
+def best_inside(models, split, *_):
     """The personalised model whose BatchNorm statistics fit the images best."""
     images = split.images.float()
     distances = [router.divergence(model, images) for model in models[:-1]]
@@ -310,7 +324,7 @@ def best_inside(models, split, seed):
     return Outcome(probabilities_of(models[best], images))
 
 
-def bn(models, split, seed):
+def bn(models, split, seed, *_):
     """The global model with the BatchNorm statistics of the hospital's images. With one expert
     nothing is routed, and without passes nothing is tuned."""
     images = split.images.float()
@@ -320,7 +334,7 @@ def bn(models, split, seed):
     return adapted(routed, images, seed)
 
 
-def tent(models, split, seed):
+def tent(models, split, seed, *_):
     """Wang et al. 2021. Again nothing is routed: what moves is BatchNorm's affine."""
     settings = router.RoutingSettings(
         batch_statistics=True, entropy=1.0, consistency=0.0, shape=0.0,
@@ -329,21 +343,21 @@ def tent(models, split, seed):
     return adapted(routed, split.images.float(), seed)
 
 
-def routing_published(models, split, seed):
+def routing_published(models, split, seed, *_):
     """Routing with the settings of the published code, from a random start (M4 to M8)."""
     routed = router.build_routed(models, router.PUBLISHED, new_generator(seed))
     return adapted(routed, split.images.float(), seed)
 
 
-def routing_ours(models, split, seed):
+def routing_ours(models, split, seed, inside):
     """Routing that starts where the models fit the images, then a few small steps on a leash."""
     images = split.images.float()
     routed = router.build_routed(models, router.RoutingSettings(), new_generator(seed))
-    router.fit_to_site(routed, models, images)
+    router.fit_to_site(routed, models, images, inside=inside)
     return adapted(routed, images, seed)
 
 
-def oracle(models, split, seed):
+def oracle(models, split, seed, *_):
     """The ceiling: the global model, trained for ten more epochs on the labels of one half of the
     cases, predicts the other half; and the other way round."""
     generator = new_generator(seed)
@@ -392,14 +406,40 @@ def adapted(routed: router.RoutedNetwork, images: Tensor, seed: int) -> Outcome:
 
 
 @torch.no_grad()
-def mean_routing(routed: router.RoutedNetwork, images: Tensor) -> dict[str, list[float]]:
-    """The routing weights (M,) of each layer, mean over the images (N, C, H, W)."""
-    sums = {}
+def routing_of(routed: router.RoutedNetwork, images: Tensor) -> dict[str, Tensor]:
+    """The routing weights (N, M) of each layer for images (N, C, H, W)."""
+    weights = {}
     for batch in router.in_batches(images, routed.settings.batch_size):
         routed(batch.float())
-        for layer, weights in routed.routing.items():  # (batch, M)
-            sums[layer] = sums.get(layer, 0) + weights.sum(dim=0)
-    return {layer: (total / len(images)).tolist() for layer, total in sums.items()}
+        for layer, of_batch in routed.routing.items():
+            weights.setdefault(layer, []).append(of_batch.cpu())
+    return {layer: torch.cat(parts) for layer, parts in weights.items()}
+
+
+def mean_routing(routing: dict[str, Tensor]) -> dict[str, list[float]]:
+    """The routing weights (M,) of each layer, mean over the images."""
+    return {layer: weights.mean(dim=0).tolist() for layer, weights in routing.items()}
+
+
+def routing_spread(routing: dict[str, Tensor]) -> dict[str, float]:
+    """How much routing weights vary, as standard deviations.
+
+    over_images: of each layer and model, then their mean. over_layers: of the means over images, of
+    each model, then their mean.
+    """
+    weights = torch.stack(list(routing.values()))  # (layers, N, M)
+    over_images = weights.std(dim=1, correction=0).mean()
+    over_layers = weights.mean(dim=1).std(dim=0, correction=0).mean()
+    return {"over_images": over_images.item(), "over_layers": over_layers.item()}
+
+
+def routing_in_words(routing: dict[str, Tensor], experts: list[str]) -> str:
+    """What routing chose, mean over layers and images, and how much it varies."""
+    chosen = torch.stack(list(routing.values())).mean(dim=(0, 1)).tolist()
+    shares = [f"{name} {weight:.2f}" for name, weight in zip(experts, chosen)]
+    over_images, over_layers = routing_spread(routing).values()
+    return (f"routing weights: {', '.join(shares)}; over images ±{over_images:.1g}, "
+            f"over layers ±{over_layers:.1g}")
 
 
 # ---------------------------------------------------------------- what the story needs
@@ -675,7 +715,7 @@ def distinct(rows: list[dict], key: str) -> list:
 
 
 # ---------------------------------------------------------------- saving and resuming
-VERSION = 3  # of the files in the folder of a run
+VERSION = 4  # of the files in the folder of a run
 
 
 def open_run(args, dataset: data.DataSet) -> Path:
@@ -764,11 +804,12 @@ def rounds_done(folder: Path) -> int:
 def load_result(file: Path, rounds: int) -> dict:
     """rows.json of a federation, if it is of so many rounds; else a result that is still empty."""
     if file.exists():
-        result = load(file, "seed", "hold_out", "rounds", "methods", "rows", "routing", "history",
-                      "seconds")
+        result = load(file, "seed", "hold_out", "rounds", "methods", "rows", "distances_inside",
+                      "routing", "routing_spread", "history", "seconds")
         if result["rounds"] == rounds:
             return result
-    return {"rounds": rounds, "methods": [], "rows": [], "routing": {}, "history": [], "seconds": 0}
+    return {"rounds": rounds, "methods": [], "rows": [], "distances_inside": {}, "routing": {},
+            "routing_spread": {}, "history": [], "seconds": 0}
 
 
 def load_progress(file: Path) -> Progress:

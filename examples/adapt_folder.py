@@ -9,12 +9,14 @@ RUN is the folder of a run or of one of its federations (seed…-plain), or the 
 call, whose network is then applied as it is. IMAGES holds images or NIfTI volumes of the kind that
 RUN was trained on. DIR gets masks/ at the files' own sizes, overlays/ (outlines of the masks in
 blue and, where RUN is a run, of the global model's in orange), routing.png (what routing chose, by
-layer), adapted.json and adapted.pt. Exit status 1: an image was left out.
+layer), adapted.json and adapted.pt. Where RUN is a run the files are ordered by agreement: look at
+the first ones first. Exit status 1: an image was left out.
 """
 
 import argparse
 import gzip
 import io
+import math
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -55,12 +57,11 @@ def run(args: argparse.Namespace) -> int:
     images = torch.cat(inputs).to(device, memory_format=torch.channels_last)
     with train.autocast(device, trained.config["settings"]["precision"]):
         routed, probabilities = adapt(trained, images, args.online)
-        overlaps = overlap_with_a_view(routed, images, probabilities)  # (N, 2)
-        weights = train.mean_routing(routed, images)
-        by_global = None  # an earlier call's network is at hand as a whole only
-        if trained.models:
-            by_global = train.probabilities_of(trained.models[-1], images)
-    train.draw_heat_map(weights, trained.experts, out / "routing.png")
+        routing = train.routing_of(routed, images)
+        by_model = []  # an earlier call's network is at hand as a whole only
+        for model in trained.models:
+            by_model.append(train.probabilities_of(model, images))
+    train.draw_heat_map(train.mean_routing(routing), trained.experts, out / "routing.png")
     train.save(out / "adapted.pt", iopfl.snapshot(routed))
 
     rows, scorer = [], Scorer(facts)
@@ -72,26 +73,29 @@ def run(args: argparse.Namespace) -> int:
         own_size = pixels.shape[1:3]
         mask, maps = at_own_size(probabilities[part], own_size)
         outlines = [(mask, train.BLUE)]
-        if by_global is not None:
-            unadapted = at_own_size(by_global[part], own_size)[0]
+        if by_model:
+            unadapted = at_own_size(by_model[-1][part], own_size)[0]
             outlines.insert(0, (unadapted, train.ORANGE))
         write_mask(file, mask, out)
         draw_overlay(pixels, outlines, out / "overlays" / f"{folders.stem(file)}.png")
         if args.probabilities:
             write_probabilities(file, maps, out)
         row = {"file": file.name, "foreground": float((mask > 0).mean())}
-        row["confidence"] = confidence(overlaps[part])
+        if by_model:
+            others = [probabilities[part] for probabilities in by_model]
+            row["agreement"] = agreement(probabilities[part], others, facts["structures"])
         if mask_file:
             row |= scorer.dice(file, mask_file, affine, mask)
         rows.append(row)
     scorer.warn_if_inside_out()
-    report(rows, weights, trained, out)
+    report(rows, routing, trained, out)
     print(f"{len(pairs)} files, {left_out} left out. Masks and overlays: {out}")
     return left_out
 
 
-def report(rows: list[dict], weights: dict, trained: "Trained", out: Path) -> None:
+def report(rows: list[dict], routing: dict, trained: "Trained", out: Path) -> None:
     """Print what was found in each file, and in the mean; write adapted.json."""
+    rows.sort(key=lambda row: row.get("agreement", 0))
     for row in rows:
         values = [f"{key} {value:.3f}" for key, value in row.items() if key != "file"]
         print(f"{row['file']}: {', '.join(values)}")
@@ -99,12 +103,17 @@ def report(rows: list[dict], weights: dict, trained: "Trained", out: Path) -> No
         if key != "file":
             found = [row[key] for row in rows if key in row]
             print(f"mean {key} of {len(found)} files: {np.mean(found):.3f}")
-    means = np.mean(list(weights.values()), axis=0)  # over the layers
-    chosen = dict(zip(trained.experts, means.tolist()))
-    shares = [f"{name} {weight:.2f}" for name, weight in chosen.items()]
-    print(f"What routing chose, mean over layers and images: {', '.join(shares)}")
-    content = vars(trained) | {"weights": weights, "chosen": chosen, "rows": rows}
+    content = vars(trained) | {"rows": rows}
     del content["models"], content["routed"]
+    if trained.models:
+        lowest = [row["file"] for row in rows[:math.ceil(len(rows) / 5)]]
+        print(f"Look at these first, the lowest fifth by agreement: {', '.join(lowest)}")
+        content["sign"] = sign_of_quality(rows)
+    print(train.routing_in_words(routing, trained.experts))
+    content["weights"] = train.mean_routing(routing)
+    means = np.mean(list(content["weights"].values()), axis=0)  # over the layers
+    content["chosen"] = dict(zip(trained.experts, means.tolist()))
+    content["routing_spread"] = train.routing_spread(routing)
     train.save(out / "adapted.json", content)
 
 
@@ -116,6 +125,7 @@ class Trained:
     config: dict  # of the run: its "settings" and, as "data", what its images were like
     seed: int
     hold_out: str | None
+    distances_inside: list[float] = field(default_factory=list)  # see `router.fit_to_site`
     experts: list[str] = field(default_factory=list)  # names of the models, the global one last
     models: list[nn.Module] = field(default_factory=list)  # the models, to be routed; or else
     routed: router.RoutedNetwork | None = None  # the network that was adapted before
@@ -127,8 +137,9 @@ def open_trained(run: Path, device: str) -> Trained:
     folder = find_federation(run)
     config = train.load_config(folder.parent)
     models = load_models(folder, config, device)
-    result = train.load(folder / "rows.json", "seed", "hold_out")
-    trained = Trained(config, result["seed"], result["hold_out"])
+    result = train.load(folder / "rows.json", "seed", "hold_out", "distances_inside")
+    inside = list(result["distances_inside"].values())
+    trained = Trained(config, result["seed"], result["hold_out"], inside)
     trained.experts = list(models)
     trained.models = list(models.values())
     return trained
@@ -264,7 +275,8 @@ def adapt(trained: Trained, images: Tensor, online: bool) -> tuple:
     routed = router.build_routed(trained.models, settings, generator)
     if settings is not router.PUBLISHED:
         seen = router.in_batches(images, settings.batch_size)[0] if online else images
-        router.fit_to_site(routed, trained.models, seen, online=online)
+        inside = trained.distances_inside
+        router.fit_to_site(routed, trained.models, seen, inside=inside, online=online)
     return routed, tuned(routed, images, trained.seed, online)
 
 
@@ -278,30 +290,49 @@ def tuned(routed, images: Tensor, seed: int, online: bool) -> Tensor:
     return torch.cat(list(stream))
 
 
-@torch.no_grad()
-def overlap_with_a_view(routed, images: Tensor, probabilities: Tensor) -> Tensor:
-    """For each image 2 Σ p q and Σ (p² + q²), (N, 2): p and q are the foreground in it and in a
-    noisy, turned view.
+def agreement(probabilities: Tensor, by_model: list[Tensor], structures: dict) -> float:
+    """The Dice between a routed mask and the mask of each model alone, mean over models and
+    structures; two empty masks agree.
+
+    probabilities: (n, C, h, w) of one image, or of all slices of a volume, as what each model says.
     """
-    batch_size = routed.settings.batch_size
-    generator = train.new_generator(0, images.device)
-    overlaps = []
-    batches = router.in_batches(images, batch_size)
-    predictions = router.in_batches(probabilities, batch_size)
-    for batch, predicted in zip(batches, predictions):
-        turned = router.in_another_view(routed, batch, generator)
-        p = 1 - predicted[:, 0]  # the foreground, (n, H, W)
-        q = 1 - turned[:, 0]
-        shared = 2 * (p * q).sum(dim=(1, 2))
-        size = (p**2 + q**2).sum(dim=(1, 2))
-        overlaps.append(torch.stack([shared, size], dim=1))
-    return torch.cat(overlaps)
+    routed = probabilities.argmax(dim=1).cpu().numpy()
+    scores = []
+    for of_model in by_model:
+        alone = of_model.argmax(dim=1).cpu().numpy()
+        for classes in structures.values():
+            scores.append(iopfl.dice(np.isin(routed, classes), np.isin(alone, classes)))
+    return float(np.mean(scores))
 
 
-def confidence(overlaps: Tensor) -> float:
-    """Of one mask, 0 to 1, from `overlap_with_a_view` of its images, (n, 2)."""
-    shared, size = overlaps.sum(dim=0).tolist()
-    return shared / max(size, 1e-6)
+def sign_of_quality(rows: list[dict]) -> dict[str, float]:
+    """How well agreement orders the files by their Dice, mean over structures, where it is known.
+
+    rank_correlation: Spearman's. worst_fifth: the share of the fifth with the least Dice that is in
+    the fifth with the least agreement. {} with fewer than five files, or where all are alike.
+    """
+    pairs = []
+    for row in rows:
+        dice = [value for key, value in row.items() if key.startswith("Dice ")]
+        if dice:
+            pairs.append((row["agreement"], np.mean(dice)))
+    agreements, scores = np.reshape(pairs, (-1, 2)).T
+    if len(pairs) < 5 or np.ptp(agreements) == 0 or np.ptp(scores) == 0:
+        return {}
+    correlation = np.corrcoef(ranks(agreements), ranks(scores))[0, 1]
+    fifth = math.ceil(len(pairs) / 5)
+    lowest, worst = np.argsort(agreements)[:fifth], np.argsort(scores)[:fifth]
+    share = len(np.intersect1d(lowest, worst)) / fifth
+    print(f"agreement and Dice of {len(pairs)} files: rank correlation {correlation:+.2f}; of the "
+          f"worst fifth {100 * share:.0f} % are in the lowest fifth")
+    return {"rank_correlation": float(correlation), "worst_fifth": share}
+
+
+def ranks(values: np.ndarray) -> np.ndarray:
+    """The place of each value in their order; equal ones share the mean of their places."""
+    _, which, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ends = np.cumsum(counts)
+    return (ends - (counts - 1) / 2)[which]
 
 
 # ---------------------------------------------------------------- masks out
