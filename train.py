@@ -361,10 +361,7 @@ def oracle(models, split, seed, *_):
     """The ceiling: the global model, trained for ten more epochs on the labels of one half of the
     cases, predicts the other half; and the other way round."""
     generator = new_generator(seed)
-    cases = list(dict.fromkeys(split.cases))
-    order = torch.randperm(len(cases), generator=generator)
-    first_half = [cases[i] for i in order[:len(cases) // 2]]
-    half = torch.tensor([case in first_half for case in split.cases])  # (N,)
+    half = half_of_cases(split, generator)
     probabilities = probabilities_of(models[-1], split.images)
     for tested in (half, ~half):
         model = copy.deepcopy(models[-1])
@@ -372,6 +369,14 @@ def oracle(models, split, seed, *_):
         iopfl.train_local(model, images, masks, epochs=10, generator=generator)
         probabilities[tested] = probabilities_of(model.eval(), split.images[tested])
     return Outcome(probabilities)
+
+
+def half_of_cases(split: data.Split, generator: torch.Generator) -> Tensor:
+    """Which images belong to one half of the cases, drawn at random: (N,) bool."""
+    cases = list(dict.fromkeys(split.cases))
+    order = torch.randperm(len(cases), generator=generator)
+    first_half = [cases[i] for i in order[:len(cases) // 2]]
+    return torch.tensor([case in first_half for case in split.cases])
 
 
 OUTSIDE = {

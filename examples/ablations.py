@@ -20,29 +20,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import data
 import iopfl
 import router
 import train
 from examples.adapt_folder import finished_federations, load_models, tuned
 from examples.own_images import images_of_run
 
-# Changes of the settings, of where routing starts (`fit`), of what is routed, or of the order.
+# Changes of the settings, of where routing starts (`fit`; `by`), of what is routed, or of the order.
 ROUTING = {
     "routing-ours": {},
     "no steps": {"settings": {"passes": 0}},
     "the start alone": {"settings": {"passes": 0}, "fit": {"share": 0.0}},
+    "by image": {"settings": {"passes": 0}, "by": "image"},
+    "by layer": {"settings": {"passes": 0}, "by": "layer"},
+    "by both": {"settings": {"passes": 0}, "by": "both"},
+    "routers on labels": {"on_labels": True},  # a ceiling of what routing can choose
     "no shape": {"settings": {"shape": 0.0}},  # consistency alone, since entropy is off
     "no consistency": {"settings": {"consistency": 0.0}},  # shape alone
     "with entropy": {"settings": {"entropy": 0.1}},
-    "entropy alone": {"settings": {"entropy": 0.1, "consistency": 0.0, "shape": 0.0}},
     "sigmoid": {"settings": {"softmax": False}},
     "one routing a site": {"settings": {"per_sample": False}},
-    "no factor": {"factor": False},  # n / (n + 16) of the share
-    "no factor, no steps": {"settings": {"passes": 0}, "factor": False},
+    "no factor, no steps": {"settings": {"passes": 0}, "factor": False},  # n / (n + 16)
     "batch statistics": {"settings": {"batch_statistics": True}},
     "share 0": {"fit": {"share": 0.0}},
-    "share 1/4": {"fit": {"share": 0.25}},
-    "share 1/2": {"fit": {"share": 0.5}},
+    "share 1/4": {"fit": {"inside": None}},
     "share 1": {"fit": {"share": 1.0}},
     "random start": {"fit": {"start": "random"}},
     "uniform start": {"fit": {"start": "uniform"}},
@@ -50,13 +52,8 @@ ROUTING = {
     "global only": {"experts": "global"},
     "personal only": {"experts": "personal", "fit": {"global_prior": None}},
     "online": {"online": True},
-    "1 pass": {"settings": {"passes": 1}},
     "10 passes": {"settings": {"passes": 10}},
-    "20 passes": {"settings": {"passes": 20}},
-    "1 pass, no leash": {"settings": {"passes": 1, "leash": None}},
-    "3 passes, no leash": {"settings": {"leash": None}},
     "10 passes, no leash": {"settings": {"passes": 10, "leash": None}},
-    "20 passes, no leash": {"settings": {"passes": 20, "leash": None}},
 }
 GLOBAL = "global model"
 ALPHAS = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
@@ -142,18 +139,23 @@ def vary_routing(federation: train.Federation, names: list[str],
     settings, dataset = federation.args, federation.dataset
     config = train.load_config(federation.folder.parent)
     models = list(load_models(federation.folder, config, settings.device).values())
+    result = train.load(federation.folder / "rows.json", "distances_inside")
+    inside = list(result["distances_inside"].values())
     site = next(site for site in dataset.sites if site.name == federation.hold_out)
     split = site.everything.to(settings.device)
-    images = split.images.float()
-    parts = images.split(images_at_a_time or len(images))
+    numbers = torch.arange(len(split.images)).split(images_at_a_time or len(split.images))
     scores = {}
     for name in [*names, GLOBAL]:
         with train.autocast(settings.device, settings.precision):
             if name == GLOBAL:
-                predicted = [train.probabilities_of(models[-1], images)]
+                predicted = [train.probabilities_of(models[-1], split.images)]
             else:
                 variant = ROUTING[name]
-                predicted = [route(models, part, federation.seed, **variant) for part in parts]
+                predicted = []
+                for part in numbers:
+                    cases = [split.cases[number] for number in part]
+                    of_part = data.Split(split.images[part].float(), split.masks[part], cases)
+                    predicted.append(route(models, of_part, federation.seed, inside, **variant))
         prediction = torch.cat(predicted).argmax(dim=1)
         rows = iopfl.evaluate(
             prediction, split.masks, split.cases, dataset.structures, site.spacing,
@@ -164,33 +166,121 @@ def vary_routing(federation: train.Federation, names: list[str],
 
 def route(
     models: list,
-    images: Tensor,
+    split: data.Split,
     seed: int,
+    inside: list[float],
     *,
     settings: dict = {},
     fit: dict = {},
     experts: str = "all",
     online: bool = False,
     factor: bool = True,
+    by: str | None = None,
+    on_labels: bool = False,
 ) -> Tensor:
     """Probabilities (N, C, H, W) by a variant of `train.routing_ours`."""
     routing_settings = router.RoutingSettings(**settings)
+    images = split.images
     seen = router.in_batches(images, routing_settings.batch_size)[0] if online else images
-    options = {"online": online}
-    if experts != "all" or not factor:  # u needs all models; the factor is left out by hand
-        share = router.site_share(models, router.divergence(models[-1], seen))
-        if factor:
-            n = len(router.some_of_all(seen))
-            share = share * n / (n + router.PRIOR_IMAGES)
-        options["share"] = share
+    options = {"inside": inside, "online": online}
+    if not factor:
+        D = router.divergence(models[-1], seen).item()
+        options["share"] = router.site_share(D, torch.tensor(inside))
     if experts == "global":
         models = models[-1:]
-    if experts == "personal":
+    if experts == "personal":  # by the share that all models give
+        D = router.divergence(models[-1], seen).item()
+        n = len(router.some_of_all(seen))
+        share = router.site_share(D, torch.tensor(inside))
+        options["share"] = share * n / (n + router.PRIOR_IMAGES)
         models = models[:-1]
     routed = router.build_routed(models, routing_settings, train.new_generator(seed))
     options.update(fit)
     router.fit_to_site(routed, models, seen, **options)
+    if by:
+        return routed_by(routed, models, images, by)
+    if on_labels:
+        return routers_on_labels(routed, split, seed)
     return tuned(routed, images, seed, online)
+
+
+@torch.no_grad()
+def routed_by(routed: router.RoutedNetwork, models: list, images: Tensor, by: str) -> Tensor:
+    """Probabilities, without steps, if routing starts in each image, layer or both by itself."""
+    distances = [divergence_of_each(model, images, pooled=by == "layer") for model in models]
+    routers = {}
+    for name, module in routed.named_modules():
+        if isinstance(module, router.Router):
+            routers[name.removeprefix("network.").removesuffix(".router")] = module
+    predicted = []
+    for number, image in enumerate(images.split(1)):
+        place = 0 if by == "layer" else number
+        for name, module in routers.items():
+            layer = name if by != "image" and name in distances[0] else MEAN
+            D = torch.stack([of_model[layer][place] for of_model in distances])  # (M,)
+            weights = router.start_weights(D.float()).clamp(1e-6, 1 - 1e-6)
+            module.fc2.bias.copy_(weights.log())
+        predicted.append(router.predict(routed, image))
+    return torch.cat(predicted)
+
+
+MEAN = "mean over norms"  # for layers that no norm follows
+
+
+@torch.no_grad()
+def divergence_of_each(model, images: Tensor, pooled: bool) -> dict[str, Tensor]:
+    """By layer that a norm follows, and as MEAN, the divergence of the norm's inputs, (N,).
+
+    pooled: of all images together, (1,), instead of each image.
+    """
+    model = router.evaluation_copy(model)
+    last = [None]  # the name of the layer that ran last
+    norms, moments = {}, {}
+
+    def remember(name: str):
+        def hook(module, inputs, output):
+            last[0] = name
+        return hook
+
+    def count(norm, inputs):
+        mean, square = inputs[0].double().mean(dim=(2, 3)), inputs[0].double().square()
+        norms[last[0]] = norm
+        moments.setdefault(last[0], []).append(torch.stack([mean, square.mean(dim=(2, 3))]))
+
+    for name, module in model.named_modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            module.register_forward_hook(remember(name))
+    for norm in router.running_norms(model):
+        norm.register_forward_pre_hook(count)
+    for batch in images.split(8):
+        model(batch)
+    distances = {}
+    for name, parts in moments.items():
+        of_images = torch.cat(parts, dim=1)  # (2, N, C)
+        if pooled:
+            of_images = of_images.mean(dim=1, keepdim=True)
+        values = [router.gaussian_divergence(mean, square - mean.square(), norms[name])
+                  for mean, square in of_images.unbind(dim=1)]
+        distances[name] = torch.stack(values)
+    distances[MEAN] = torch.stack(list(distances.values())).mean(dim=0)
+    return distances
+
+
+def routers_on_labels(routed: router.RoutedNetwork, split: data.Split, seed: int) -> Tensor:
+    """Probabilities of each half of the cases, the routers tuned on the labels of the other half:
+    ten epochs, as for the oracle."""
+    generator = train.new_generator(seed)
+    routed.requires_grad_(False)
+    for module in routed.parts(router.Router):
+        module.requires_grad_(True)
+    probabilities = router.predict(routed, split.images)
+    half = train.half_of_cases(split, generator)
+    for tested in (half, ~half):
+        routed.reset()
+        images, masks = split.images[~tested], split.masks[~tested]
+        iopfl.train_local(routed, images, masks, epochs=10, generator=generator)
+        probabilities[tested] = router.predict(routed, split.images[tested])
+    return probabilities
 
 
 # ---------------------------------------------------------------- inside
