@@ -5,6 +5,7 @@ code with plain loops in float64. All others compare with slow, obvious versions
 out by hand, and with what must not change. Run them with `python -m pytest -q`.
 """
 
+import argparse
 import copy
 import dataclasses
 import io
@@ -1962,25 +1963,48 @@ def gaussians(*layers) -> nn.Module:
     return nn.Sequential(*norms)
 
 
-def test_site_share_by_hand():
-    first = (0.5, 2.0), (1.0, 1.0)
-    second = (0.0, 0.5), (-1.0, 3.0)
-    last = (0.2, 1.0), (0.0, 2.0)
-    models = [gaussians(*first), gaussians(*second), gaussians(*last)]
-    distances = []
-    for other in first, second:
-        for layer in range(2):
-            distances.append(kl(*other[layer], *last[layer]))
-    u = np.mean(distances)
-    shares = {7: 1 / 2, 14: 16 / 17, 3.5: 1 / 17, 0: 0.0, 1e4: 1.0}  # by D / u
-    for factor, expected in shares.items():
-        D = torch.tensor(factor * u)
-        found = router.site_share(models, D.float())
-        assert found == pytest.approx(expected, abs=1e-5)
-    untracked = [nn.Sequential(nn.BatchNorm2d(1, track_running_stats=False))] * 2
-    D = torch.tensor(1.0)
-    assert router.site_share(models[:1], D) == 0
-    assert router.site_share(untracked, D) == 0
+@pytest.mark.parametrize("inside, D, share", [
+    ([2.0], 2.0, 1 / 2),
+    ([2.0], 4.0, 16 / 17),
+    ([2.0], 1.0, 1 / 17),
+    ([9.0, 1.0, 2.0], 2.0, 1 / 2),  # the median
+    ([1.0, 3.0, 9.0, 0.0], 2.0, 1 / 2),  # of four the mean of those in the middle
+    ([0.0, 0.0], 0.5, 1.0),
+    ([2.0], 0.0, 0.0),
+    ([2.0], 1e9, 1.0),
+    ([2.0], 1e-9, 0.0),
+    (None, 0.3, 1 / 4),
+    (None, 0.0, 0.0),
+])
+def test_site_share_by_hand(inside, D, share):
+    if inside is not None:
+        inside = torch.tensor(inside, dtype=torch.float64)
+    assert router.site_share(D, inside) == pytest.approx(share, abs=1e-12)
+
+
+@pytest.mark.parametrize("inside", [
+    [], [-0.1], [math.nan], [0.1, math.inf], 0.3, [[0.1, 0.2]]])
+def test_divergences_inside_that_cannot_be(inside):
+    models = experts()
+    with pytest.raises(ValueError, match="inside: one finite divergence, 0 or more, of each"):
+        router.fit_to_site(build(models), models, noise(4, 1, 12, 12), inside=inside)
+
+
+@pytest.mark.parametrize("inside", [[0.5, 0.1, 0.2], torch.tensor([0.2, 0.2]), (0.2,)])
+def test_the_share_comes_from_the_divergences_inside(inside):
+    """By D of the images and the median 0.2 of them, times n / (n + 16)."""
+    models = experts()
+    x = noise(6, 1, 12, 12, seed=9)
+    D = router.divergence(models[-1], x).item()
+    routed = build(models)
+    router.fit_to_site(routed, models, x, inside=inside)
+    for norm in routed.parts(router.RoutedBatchNorm):
+        assert norm.site_share.item() == pytest.approx(1 / (1 + (0.2 / D) ** 4), rel=1e-5)
+        assert norm.site_prior == 16 and norm.site_images == 6
+    router.fit_to_site(routed, models, x, inside=inside, share=0.3)
+    assert norm.site_share.item() == pytest.approx(0.3) and norm.site_prior == 0
+    router.fit_to_site(routed, models, x)
+    assert norm.site_share.item() == 0.25 and norm.site_prior == 16
 
 
 def normalised(x: torch.Tensor, norm: nn.Module, of_site: torch.Tensor, share: float):
@@ -2016,7 +2040,7 @@ def test_a_given_share_is_exact(share, shift):
 
 @pytest.mark.parametrize("count", [1, 6, 48])
 def test_the_rules_share_grows_with_the_images_measured(monkeypatch, count):
-    def site_share(models, D):
+    def site_share(D, inside):
         return 0.8
 
     monkeypatch.setattr(router, "site_share", site_share)
@@ -2056,9 +2080,7 @@ def test_online_images_are_counted_once_each():
     routed = build(models)
     router.fit_to_site(routed, models, x, online=True)
     norm = routed.parts(router.RoutedBatchNorm)[0]
-    share = router.site_share(models, router.divergence(models[-1], x))
-    assert norm.site_share.item() == pytest.approx(share)
-    assert 0 < share < 1
+    assert norm.site_share == 0.25
     assert norm.site_images == 0
     adapted(routed, x, online=True)
     assert norm.site_images == 6
@@ -3022,8 +3044,9 @@ def models_and_split() -> tuple[list[nn.Module], data.Split]:
     return models, data.Split(images, masks, ["a", "a", "b", "c", "c", "d"])
 
 
-def outside(method: str, models: list, split: data.Split, seed: int = 0) -> torch.Tensor:
-    return train.OUTSIDE[method](models, split, seed).probabilities
+def outside(method: str, models: list, split: data.Split, seed: int = 0,
+            inside: list | None = None) -> torch.Tensor:
+    return train.OUTSIDE[method](models, split, seed, inside).probabilities
 
 
 def test_methods_outside_that_adapt_nothing():
@@ -3066,8 +3089,61 @@ def test_routing_outside_by_hand(method):
     settings = router.RoutingSettings() if ours else router.PUBLISHED
     routed = router.build_routed(models, settings, seeded(3))
     if ours:
-        router.fit_to_site(routed, models, images)
-    assert torch.equal(outside(method, models, split, 3), adapted(routed, images, 3))
+        router.fit_to_site(routed, models, images, inside=[0.1, 0.3])
+    found = outside(method, models, split, 3, [0.1, 0.3])
+    assert torch.equal(found, adapted(routed, images, 3))
+
+
+def test_how_much_routing_varies_by_hand():
+    """Two layers, three images, two models."""
+    routing = {"a": torch.tensor([[0.2, 0.8], [0.4, 0.6], [0.6, 0.4]]),
+               "b": torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])}
+    spread = train.routing_spread(routing)
+    in_a = np.std([0.2, 0.4, 0.6])
+    assert spread["over_images"] == pytest.approx((2 * in_a + 2 * 0) / 4)
+    assert spread["over_layers"] == pytest.approx((np.std([0.4, 0.5]) + np.std([0.6, 0.5])) / 2)
+    text = train.routing_in_words(routing, ["Alder", "global"])
+    assert text == ("routing weights: Alder 0.45, global 0.55; over images ±0.08, "
+                    "over layers ±0.05")
+    assert train.mean_routing(routing)["a"] == pytest.approx([0.4, 0.6])
+
+
+def test_routing_of_each_image():
+    """By batches, the weights of the last pass of each."""
+    models, split = models_and_split()
+    routed = router.build_routed(models, generator=seeded(3))
+    images = split.images.float()
+    found = train.routing_of(routed, images)
+    routed(images)
+    assert list(found) == list(routed.routing)
+    for layer, weights in routed.routing.items():
+        assert close(found[layer], weights, 1e-6) and found[layer].shape == (len(images), 3)
+
+
+def test_distances_inside_are_kept(tmp_path, capsys):
+    """Those of each hospital's training images, and what `routing-ours` is given."""
+    assert call_train(*TOY, "--methods", "iopfl", "routing-ours", "--out", tmp_path) == 0
+    assert "routing-ours, routing weights: " in capsys.readouterr().out
+    folder, = tmp_path.glob("seed*")
+    result = json.loads((folder / "rows.json").read_text())
+    assert list(result["routing_spread"]) == list(result["routing"]) == ["routing-ours"]
+    args = argparse.Namespace(**json.loads((tmp_path / "config.json").read_text())["settings"])
+    dataset = train.simulated(args, 0)
+    model = train.new_model(args, dataset, 0)
+    saved = torch.load(folder / "last.pt", weights_only=True)
+    model.load_state_dict(saved["last"]["global_state"])
+    names = [site.name for site in dataset.sites if site.name != result["hold_out"]]
+    assert list(result["distances_inside"]) == names
+    for site in dataset.sites:
+        if site.name in names:
+            expected = router.divergence(model, site.train.images).item()
+            assert result["distances_inside"][site.name] == pytest.approx(expected, rel=1e-4)
+    routed = torch.load(folder / "routing-ours.pt", weights_only=True)
+    held_out, = [site for site in dataset.sites if site.name not in names]
+    D = router.divergence(model, held_out.everything.images).item()
+    share = 1 / (1 + (np.median(list(result["distances_inside"].values())) / D) ** 4)
+    shares = {value.item() for name, value in routed.items() if name.endswith("site_share")}
+    assert len(shares) == 1 and shares.pop() == pytest.approx(share, rel=1e-3)
 
 
 def test_oracle_by_hand():
@@ -3372,7 +3448,7 @@ def test_ctrl_c_before_there_is_a_folder(tmp_path, capsys, monkeypatch):
 
 def test_other_errors_show_their_traceback(tmp_path, monkeypatch):
     """People edit this code."""
-    def wrong(models, split, seed):
+    def wrong(*arguments):
         raise KeyError("an error in a new method")
 
     monkeypatch.setitem(train.OUTSIDE, "global", wrong)

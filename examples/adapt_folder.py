@@ -95,8 +95,8 @@ def run(args: argparse.Namespace) -> int:
 
 def report(rows: list[dict], routing: dict, trained: "Trained", out: Path) -> None:
     """Print what was found in each file, and in the mean; write adapted.json."""
-    rows.sort(key=lambda row: row.get("agreement", 0))
-    for row in rows:
+    in_order = sorted(rows, key=lambda row: row.get("agreement", 0))  # the order of the files else
+    for row in in_order:
         values = [f"{key} {value:.3f}" for key, value in row.items() if key != "file"]
         print(f"{row['file']}: {', '.join(values)}")
     for key in max(rows, key=len):  # of the longest row: some have no Dice
@@ -106,7 +106,7 @@ def report(rows: list[dict], routing: dict, trained: "Trained", out: Path) -> No
     content = vars(trained) | {"rows": rows}
     del content["models"], content["routed"]
     if trained.models:
-        lowest = [row["file"] for row in rows[:math.ceil(len(rows) / 5)]]
+        lowest = [row["file"] for row in in_order[:math.ceil(len(rows) / 5)]]
         print(f"Look at these first, the lowest fifth by agreement: {', '.join(lowest)}")
         content["sign"] = sign_of_quality(rows)
     print(train.routing_in_words(routing, trained.experts))

@@ -19,8 +19,9 @@ import router
 import train
 from examples import ablations, adapt_folder, folders, own_images
 from examples.testing import (  # noqa: F401 (fixtures are used by their names)
-    ROOT, TOY, TOY_FOLDER, affine, call, call_train, copy_of_run, find_row, rows_of, same, same_run,
-    save_image, toy_run, write_nifti, write_site, write_volumes)
+    ROOT, TOY, TOY_FOLDER, affine, call, call_train, copy_of_run, find_row, noise, rows_of, same,
+    same_run, save_image, seeded, toy_run, write_nifti, write_site, write_volumes)
+from models import UNet
 
 
 def call_own_images(*words) -> int:
@@ -447,7 +448,7 @@ def test_adapting_to_a_folder(folder_run, tmp_path, capsys):
         assert mask.shape == (20, 24)
         assert row["foreground"] == pytest.approx((mask > 0).mean())
         assert row["Dice class 1"] == pytest.approx(iopfl.dice(mask > 0, truth > 0))
-        assert 0 <= row["confidence"] <= 1
+        assert 0 <= row["agreement"] <= 1
         stem = row["file"].removesuffix(".png")
         maps = np.load(out / "probabilities" / f"{stem}.npy")
         assert maps.shape == (1, 2, 20, 24)
@@ -574,6 +575,63 @@ def test_masks_that_need_nibabel_are_not_scored(folder_run, tmp_path, monkeypatc
     assert len(adapted_rows(tmp_path / "out")) == 5
 
 
+def test_agreement_by_hand():
+    """Masks of three classes in one row: Dice of disc and cup against two models."""
+    def probabilities(*classes):
+        return torch.eye(3)[list(classes)].T[None, :, None]  # (1, 3, 1, W)
+
+    structures = {"disc": [1, 2], "cup": [2]}
+    routed = probabilities(0, 1, 1, 2)
+    same, other = routed, probabilities(1, 1, 0, 0)
+    assert adapt_folder.agreement(routed, [same], structures) == 1
+    expected = (1 + 1 + 2 * 1 / (3 + 2) + 0) / 4  # the other one has no cup
+    assert adapt_folder.agreement(routed, [same, other], structures) == pytest.approx(expected)
+    empty = probabilities(0, 0, 0, 0)
+    assert adapt_folder.agreement(empty, [empty, empty], structures) == 1
+
+
+def test_a_volume_is_one_mask_in_agreement():
+    first, second = torch.eye(2)[[1, 1, 0]].T, torch.eye(2)[[1, 0, 0]].T
+    routed = torch.stack([first, first])[:, :, None]  # (2, 2, 1, 3)
+    alone = torch.stack([first, second])[:, :, None]
+    found = adapt_folder.agreement(routed, [alone], {"organ": [1]})
+    assert found == pytest.approx(2 * 3 / (4 + 3))
+
+
+def test_sign_of_quality_by_hand(capsys):
+    """Ten files: the ranks of agreement and Dice, equal ones sharing theirs."""
+    agreements = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.9]
+    scores = [0.2, 0.5, 0.1, 0.4, 0.6, 0.7, 0.9, 0.8, 0.95, 0.95]
+    rows = [{"file": "x", "agreement": a, "Dice one": s, "Dice two": s}
+            for a, s in zip(agreements, scores)]
+    found = adapt_folder.sign_of_quality([*rows, {"file": "y", "agreement": 0.0}])
+    first = [1, 2, 3, 4, 5, 6, 7, 8, 9.5, 9.5]
+    second = [2, 4, 1, 3, 5, 6, 8, 7, 9.5, 9.5]
+    assert found["rank_correlation"] == pytest.approx(np.corrcoef(first, second)[0, 1])
+    assert found["worst_fifth"] == 0.5  # of files 1 and 3 the first is among files 1 and 2
+    assert "rank correlation +0.93; of the worst fifth 50 %" in capsys.readouterr().out
+    assert adapt_folder.sign_of_quality(rows[:4]) == {}
+    alike = [row | {"agreement": 0.5} for row in rows]
+    assert adapt_folder.sign_of_quality(alike) == {}
+    assert adapt_folder.sign_of_quality([{"file": "y", "agreement": 0.1}]) == {}
+
+
+def test_files_of_low_agreement_come_first(folder_run, tmp_path, capsys):
+    sites, run = folder_run
+    out = tmp_path / "out"
+    assert adapt_to(run, sites / "c" / "images", "--out", out) == 0
+    text = capsys.readouterr().out
+    rows = sorted(adapted_rows(out), key=lambda row: row["agreement"])
+    places = [text.index(f"{row['file']}: foreground") for row in rows]
+    assert places == sorted(places)
+    assert f"the lowest fifth by agreement: {rows[0]['file']}\n" in text
+    assert "routing weights: a " in text and "over layers ±" in text
+    # An earlier call's network comes without the models.
+    assert adapt_to(out, sites / "c" / "images", "--out", tmp_path / "again") == 0
+    assert "agreement" not in adapted_rows(tmp_path / "again")[0]
+    assert "lowest fifth" not in capsys.readouterr().out
+
+
 def test_outlines_of_both_masks_in_an_overlay(tmp_path):
     by_global = np.zeros((3, 20, 20), dtype=np.uint8)
     mask = by_global.copy()
@@ -694,7 +752,8 @@ def variants_in(text: str) -> dict[str, list[str]]:
 
 
 def test_ablations_of_routing(toy_run, capsys):
-    names = ["routing-ours", "share 1/2", "random start", "global only", "online", "no factor"]
+    names = ["routing-ours", "share 1/4", "random start", "global only", "personal only", "online",
+             "no factor, no steps", "by image", "by layer", "by both", "routers on labels"]
     assert call(ablations.main, toy_run, "--variants", *names) == 0
     found = variants_in(capsys.readouterr().out)
     for name in names:
@@ -705,6 +764,69 @@ def test_ablations_of_routing(toy_run, capsys):
     assert found["routing-ours"][1:] == ["+0.00", "+0.00", "+0.00", "0", "1", "0", "1"]
     for words in (["--variants", "x"], ["--images", "0"]):
         assert call(ablations.main, toy_run, *words) == 2
+
+
+def test_divergence_of_each_image_and_layer():
+    """The mean over layers of all images together is `router.divergence`."""
+    model = UNet(1, 2, width=2, depth=1, generator=seeded(0)).eval()
+    for norm in router.running_norms(model):
+        norm.running_mean.normal_(generator=seeded(1))
+    images = noise(5, 1, 16, 16).float()
+    together = ablations.divergence_of_each(model, images, pooled=True)
+    each = ablations.divergence_of_each(model, images, pooled=False)
+    names = ["encoder.0.0", "encoder.0.3", "encoder.1.0", "encoder.1.3", "decoder.0.0",
+             "decoder.0.3", ablations.MEAN]
+    assert list(together) == list(each) == names
+    expected = router.divergence(model, images).item()
+    assert together[ablations.MEAN].item() == pytest.approx(expected, rel=1e-5)
+    for number in range(5):
+        expected = router.divergence(model, images[number:number + 1]).item()
+        assert each[ablations.MEAN][number].item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_a_start_by_image_or_layer_reaches_the_routers(monkeypatch):
+    models = [UNet(1, 2, width=2, depth=1, generator=seeded(n)).eval() for n in range(3)]
+    for number, model in enumerate(models):
+        for norm in router.running_norms(model):
+            norm.running_mean.normal_(generator=seeded(number))
+    images = noise(4, 1, 16, 16).float()
+    routed = router.build_routed(models)
+    router.fit_to_site(routed, models, images)
+    seen = []
+    predict = router.predict
+
+    def noted(routed, image):
+        predicted = predict(routed, image)
+        seen.append({name: weights[0].clone() for name, weights in routed.routing.items()})
+        return predicted
+
+    monkeypatch.setattr(router, "predict", noted)
+    for by in ("image", "layer", "both"):
+        seen.clear()
+        ablations.routed_by(routed, models, images, by)
+        first, second = seen[:2]
+        assert torch.allclose(first["head"], second["head"]) == (by == "layer")
+        assert torch.allclose(first["head"], first["encoder.0.0"]) == (by == "image")
+        D = torch.stack([router.divergence(model, images[:1]) for model in models])
+        if by != "layer":
+            assert torch.allclose(first["head"], router.start_weights(D), atol=1e-4)
+
+
+def test_routers_on_labels_learn():
+    """And nothing else does; the labels of a half are not used for it."""
+    models = [UNet(1, 2, width=2, depth=1, generator=seeded(n)).eval() for n in range(2)]
+    images = noise(6, 1, 16, 16).float()
+    split = data.Split(images, (images[:, 0] > 0).long(), list("abcdef"))
+    routed = router.build_routed(models, generator=seeded(5))
+    before = routed.snapshot()
+    found = ablations.routers_on_labels(routed, split, 0)
+    for name, value in routed.snapshot().items():
+        assert torch.equal(value, before[name]) != (".router." in name), name
+    half = train.half_of_cases(split, train.new_generator(0))
+    split.masks[half] = 1 - split.masks[half]
+    routed = router.build_routed(models, generator=seeded(5))
+    again = ablations.routers_on_labels(routed, split, 0)
+    assert torch.equal(again[half], found[half]) and not torch.equal(again[~half], found[~half])
 
 
 def test_ablations_adapt_to_some_images_at_a_time(toy_run, capsys, monkeypatch):
