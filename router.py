@@ -774,8 +774,8 @@ def site_share(D: float, inside: Tensor | None = None) -> float:
         return 0.0
     if inside is None:
         return 0.25
-    median = inside.quantile(0.5).item()
-    return 1 / (1 + (median / D) ** 4)
+    ratio = inside.quantile(0.5) / D  # a tensor's fourth power may be infinite, a number's not
+    return float(1 / (1 + ratio**4))
 
 
 def some_of_all(images: Tensor) -> Tensor:

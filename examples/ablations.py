@@ -27,7 +27,7 @@ import train
 from examples.adapt_folder import finished_federations, load_models, tuned
 from examples.own_images import images_of_run
 
-# Changes of the settings, of where routing starts (`fit`; `by`), of what is routed, or of the order.
+# Changes of the settings, of where routing starts (`fit`, `by`), of what is routed, of the order.
 ROUTING = {
     "routing-ours": {},
     "no steps": {"settings": {"passes": 0}},

@@ -58,9 +58,10 @@ def run(args: argparse.Namespace) -> int:
     with train.autocast(device, trained.config["settings"]["precision"]):
         routed, probabilities = adapt(trained, images, args.online)
         routing = train.routing_of(routed, images)
-        by_model = []  # an earlier call's network is at hand as a whole only
+        by_global, alone = None, []  # an earlier call's network is at hand as a whole only
         for model in trained.models:
-            by_model.append(train.probabilities_of(model, images))
+            by_global = train.probabilities_of(model, images)  # of the last one, in the end
+            alone.append(by_global.argmax(dim=1).byte().cpu().numpy())
     train.draw_heat_map(train.mean_routing(routing), trained.experts, out / "routing.png")
     train.save(out / "adapted.pt", iopfl.snapshot(routed))
 
@@ -73,17 +74,18 @@ def run(args: argparse.Namespace) -> int:
         own_size = pixels.shape[1:3]
         mask, maps = at_own_size(probabilities[part], own_size)
         outlines = [(mask, train.BLUE)]
-        if by_model:
-            unadapted = at_own_size(by_model[-1][part], own_size)[0]
+        if by_global is not None:
+            unadapted = at_own_size(by_global[part], own_size)[0]
             outlines.insert(0, (unadapted, train.ORANGE))
         write_mask(file, mask, out)
         draw_overlay(pixels, outlines, out / "overlays" / f"{folders.stem(file)}.png")
         if args.probabilities:
             write_probabilities(file, maps, out)
         row = {"file": file.name, "foreground": float((mask > 0).mean())}
-        if by_model:
-            others = [probabilities[part] for probabilities in by_model]
-            row["agreement"] = agreement(probabilities[part], others, facts["structures"])
+        if alone:
+            small = probabilities[part].argmax(dim=1).cpu().numpy()
+            others = [masks[part] for masks in alone]
+            row["agreement"] = agreement(small, others, facts["structures"])
         if mask_file:
             row |= scorer.dice(file, mask_file, affine, mask)
         rows.append(row)
@@ -290,18 +292,17 @@ def tuned(routed, images: Tensor, seed: int, online: bool) -> Tensor:
     return torch.cat(list(stream))
 
 
-def agreement(probabilities: Tensor, by_model: list[Tensor], structures: dict) -> float:
+def agreement(mask: np.ndarray, others: list[np.ndarray], structures: dict) -> float:
     """The Dice between a routed mask and the mask of each model alone, mean over models and
     structures; two empty masks agree.
 
-    probabilities: (n, C, h, w) of one image, or of all slices of a volume, as what each model says.
+    mask: classes (n, h, w) of one image, or of all slices of a volume, at the size of training;
+    others: the same by each model.
     """
-    routed = probabilities.argmax(dim=1).cpu().numpy()
     scores = []
-    for of_model in by_model:
-        alone = of_model.argmax(dim=1).cpu().numpy()
+    for other in others:
         for classes in structures.values():
-            scores.append(iopfl.dice(np.isin(routed, classes), np.isin(alone, classes)))
+            scores.append(iopfl.dice(np.isin(mask, classes), np.isin(other, classes)))
     return float(np.mean(scores))
 
 

@@ -577,24 +577,15 @@ def test_masks_that_need_nibabel_are_not_scored(folder_run, tmp_path, monkeypatc
 
 def test_agreement_by_hand():
     """Masks of three classes in one row: Dice of disc and cup against two models."""
-    def probabilities(*classes):
-        return torch.eye(3)[list(classes)].T[None, :, None]  # (1, 3, 1, W)
-
     structures = {"disc": [1, 2], "cup": [2]}
-    routed = probabilities(0, 1, 1, 2)
-    same, other = routed, probabilities(1, 1, 0, 0)
-    assert adapt_folder.agreement(routed, [same], structures) == 1
+    mask, other = np.array([[[0, 1, 1, 2]]]), np.array([[[1, 1, 0, 0]]])
+    assert adapt_folder.agreement(mask, [mask], structures) == 1
     expected = (1 + 1 + 2 * 1 / (3 + 2) + 0) / 4  # the other one has no cup
-    assert adapt_folder.agreement(routed, [same, other], structures) == pytest.approx(expected)
-    empty = probabilities(0, 0, 0, 0)
+    assert adapt_folder.agreement(mask, [mask, other], structures) == pytest.approx(expected)
+    empty = 0 * mask
     assert adapt_folder.agreement(empty, [empty, empty], structures) == 1
-
-
-def test_a_volume_is_one_mask_in_agreement():
-    first, second = torch.eye(2)[[1, 1, 0]].T, torch.eye(2)[[1, 0, 0]].T
-    routed = torch.stack([first, first])[:, :, None]  # (2, 2, 1, 3)
-    alone = torch.stack([first, second])[:, :, None]
-    found = adapt_folder.agreement(routed, [alone], {"organ": [1]})
+    volume, of_model = np.array([[[1, 1, 0]], [[1, 1, 0]]]), np.array([[[1, 1, 0]], [[1, 0, 0]]])
+    found = adapt_folder.agreement(volume, [of_model], {"organ": [1]})  # one mask of two slices
     assert found == pytest.approx(2 * 3 / (4 + 3))
 
 
