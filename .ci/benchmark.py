@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -218,15 +217,13 @@ class Benchmark:
             reference = "plain, bf16" if "bf16" in name else "plain"
             line(name, ms, took["obvious"] / ms, ms / took[reference])
 
-    def growth(self, picture: bool) -> None:
+    def growth(self) -> None:
         counts = (2, 4, 8, 16, 32)
         line("experts, without the leash", "ms", "/ 2 experts", "experts, MiB", "peak, MiB")
         steps = [self.steps(self.routed(count)) for count in counts]
         took = self.milliseconds(*steps)
         for count, ms in zip(counts, took):
             line(str(count), ms, ms / took[0], *self.alone(self.memory_of_a_step, count))
-        if picture and self.device == "cpu":
-            draw_growth(counts, took)
 
     def memory_of_a_step(self, experts: int) -> tuple[float, float]:
         """Of the experts' values, and at the peak, in MiB."""
@@ -287,26 +284,9 @@ class Benchmark:
                 line(name, *self.milliseconds(step), "emulated", "")
 
 
-def draw_growth(counts: tuple, took: np.ndarray) -> None:
-    """docs/growth.png: a step's time by the number of experts, as multiples of the first."""
-    sheet = Image.new("RGB", (600, 330), "white")
-    draw = ImageDraw.Draw(sheet)
-    font = ImageFont.load_default(13)
-    draw.text((20, 6), "time of a step: routing (blue), an ensemble (red)", "black", font)
-    for curve, colour, down in (took, "blue", 4), (counts, "red", -20):
-        multiples = [value / curve[0] for value in curve]
-        points = [(40 + 120 * n, 290 - 16 * y) for n, y in enumerate(multiples)]
-        draw.line(points, colour, 3)
-        for (x, y), count, multiple in zip(points, counts, multiples):
-            draw.text((x - 20, y + down), f"{multiple:.3g}", colour, font)
-            draw.text((x - 20, 308), f"{count} experts", "black", font)
-    sheet.save(ROOT / "docs" / "growth.png")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small shapes")
-    parser.add_argument("--picture", action="store_true", help="draw docs/growth.png")
     args = parser.parse_args()
     keep_memory()
     devices = ["cpu"]
@@ -317,7 +297,7 @@ def main() -> None:
         print(device, torch.__version__, torch.get_num_threads(), "threads;", vars(bench))
         bench.layers()
         bench.adaptation()
-        bench.growth(args.picture)
+        bench.growth()
         bench.rounds_of_federation()
         if device == "cpu":
             bench.alone(bench.mean)
