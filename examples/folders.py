@@ -309,7 +309,7 @@ def check_alone(file, other):
 def report_left_out(root: Path, read: set[Path]) -> None:
     """One warning about all that is neither hidden nor read below a folder.
 
-    Of an empty folder the folder itself counts, else the files that it holds.
+    A folder counts once if it is empty; otherwise each of its files counts.
     """
     left = []
     for path in sorted(root.rglob("*")):
