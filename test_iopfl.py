@@ -7,6 +7,7 @@ out by hand, and with what must not change. Run them with `python -m pytest -q`.
 
 import argparse
 import copy
+import csv
 import dataclasses
 import io
 import json
@@ -1584,6 +1585,21 @@ def test_settings_of_the_published_code_and_ours():
     }
     assert vars(router.RoutingSettings()) == shared | ours
     assert vars(router.PUBLISHED) == shared | published
+
+
+def test_the_published_shape_term_as_a_weight_of_the_mean():
+    """The gradient of 10⁻⁶ ‖v‖₂ is that of 10⁻⁶ √(N / f) mean(v), of organs of 100 pixels' width."""
+    rows, columns = torch.meshgrid(torch.arange(384), torch.arange(384), indexing="ij")
+    organ = ((rows - 192) ** 2 + (columns - 192) ** 2 < 50**2).double().expand(5, 1, -1, -1)
+    foreground = organ.clone().requires_grad_(True)
+    v = F.max_pool2d(foreground, 21, 1, 10) + F.max_pool2d(-foreground, 21, 1, 10)
+    of_norm, = torch.autograd.grad(1e-6 * v.norm(), foreground, retain_graph=True)
+    of_mean, = torch.autograd.grad(v.mean(), foreground)
+    share = v.mean().item()  # f, since v is 0 or 1
+    weight = 1e-6 * (v.numel() / share) ** 0.5
+    assert close(of_norm, weight * of_mean, 1e-12)
+    assert 0.05 < share < 0.06
+    assert weight == pytest.approx(router.PUBLISHED.shape, rel=0.1)
 
 
 def test_routers_are_drawn_as_torch_draws_linear_layers():
@@ -3612,16 +3628,18 @@ def test_evenly_chosen():
     assert train.evenly_chosen([1, 2], 6) == [1, 2]
 
 
-# ---------------------------------------------------------------- README.md and docs/usage.md
+# ---------------------------------------------------------------- README.md and docs/
+def blocks_of(file: str) -> list[str]:
+    text = (ROOT / file).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for module, table in ((train, "TRAINING"), (train, "INSIDE"), (train, "OUTSIDE"),
                           (data, "TASKS")):  # what a snippet adds goes with the test
         monkeypatch.setattr(module, table, dict(getattr(module, table)))
-    blocks = []
-    for file in ("README.md", "docs/usage.md"):
-        text = (ROOT / file).read_text(encoding="utf-8")
-        blocks += re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = blocks_of("README.md") + blocks_of("docs/usage.md")
     assert len(blocks) == 5
     save_image(Path("image.png"), np.arange(2500, dtype=np.uint8).reshape(50, 50))
     words = ["--rounds", "1", "--images-per-site", "4", "--size", "32", "--threads", "1"]
@@ -3635,11 +3653,65 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
     assert set(names["personal"]) == {"A", "B"}
     assert names["mask"].shape == (1, 96, 96)
     added = {row["method"] for row in rows_of(tmp_path / "runs" / "square")}
-    assert added == {"fedrep", "ft-body", "first"}
+    assert added == {"fedrep", "first"}
     folder = tmp_path / "runs" / "square" / "seed0-C-fedrep"
     saved = torch.load(folder / "last.pt", weights_only=True)["last"]
     assert list(saved["personal_layers"]["A"]) == ["head.weight", "head.bias"]
     check_fedrep(names["head_then_body"])
+
+
+def test_details_shows_the_routing_weights_that_its_block_prints(capsys):
+    block, = blocks_of("docs/details.md")
+    names = {}
+    exec(block, names)
+    text = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^    (\[0.*\])$", text, re.MULTILINE)
+    printed = capsys.readouterr().out.split("\n")[:-1]
+    assert len(shown) == len(printed) == 2
+    for one, two in zip(shown, printed):  # another processor rounds otherwise
+        assert json.loads(one) == pytest.approx(json.loads(two), abs=0.02)
+    assert sum(json.loads(printed[0])) == pytest.approx(1, abs=0.02)
+    # What the block does by hand is what the network does.
+    assert names["r"].shape == (1, 4) and names["y"].shape == (1, 4, 32, 32)
+    names["routed"](names["x"])
+    assert close(names["routed"].routing["encoder.0.0"], names["r"], 1e-6)
+
+
+def test_results_shows_how_the_csv_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["--rounds", "1", "--images-per-site", "4", "--size", "16", "--threads", "1"]
+    assert call_train(*words, "--methods", "fedavg", "global", "--width", "2", "--depth", "1") == 0
+    block, = blocks_of("docs/results.md")
+    exec(block, {})
+    with open("results.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    rows = [row for row in rows_of(tmp_path / "runs" / "prostate") if row["phase"] != "validation"]
+    assert len(lines) == len(rows) > 0
+    for line, row in zip(lines, rows):
+        assert line["task"] == "prostate" and line["method"] == row["method"]
+        assert float(line["dice"]) == pytest.approx(row["dice"], abs=1e-5)
+        assert (line["hd95"] == "") == (row["hd95"] is None)
+    columns = (ROOT / "docs" / "results.csv").read_text().split("\n")[0].strip()
+    assert columns == ",".join(lines[0])
+
+
+@pytest.mark.parametrize("file", ["README.md", "docs/usage.md", "docs/details.md",
+                                  "docs/results.md", "examples/vessels/README.md"])
+def test_links_lead_somewhere(file):
+    """To files that are there and, behind #, to a heading as GitHub names it."""
+    text = (ROOT / file).read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)]+)\)", text)
+    for link in links:
+        if link.startswith("http"):
+            continue
+        target, _, anchor = link.partition("#")
+        path = (ROOT / file).parent / target if target else ROOT / file
+        assert path.exists(), link
+        if anchor:
+            headings = re.findall(r"^#+ (.*)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+            names = [re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
+                     for heading in headings]
+            assert anchor in names, link
 
 
 def check_fedrep(head_then_body) -> None:
