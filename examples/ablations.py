@@ -24,10 +24,10 @@ import data
 import iopfl
 import router
 import train
-from examples.adapt_folder import finished_federations, load_models, tuned
+from examples.adapt_folder import finished_federations, load_models
 from examples.own_images import images_of_run
 
-# Changes of the settings, of where routing starts (`fit`, `by`), of what is routed, of the order.
+# Changes of the settings, of where routing starts (`fit`, `by`), of what is routed.
 ROUTING = {
     "routing-ours": {},
     "no steps": {"settings": {"passes": 0}},
@@ -40,7 +40,6 @@ ROUTING = {
     "no consistency": {"settings": {"consistency": 0.0}},  # shape alone
     "with entropy": {"settings": {"entropy": 0.1}},
     "sigmoid": {"settings": {"softmax": False}},
-    "one routing a site": {"settings": {"per_sample": False}},
     "no factor, no steps": {"settings": {"passes": 0}, "factor": False},  # n / (n + 16)
     "batch statistics": {"settings": {"batch_statistics": True}},
     "share 0": {"fit": {"share": 0.0}},
@@ -48,11 +47,8 @@ ROUTING = {
     "share 1": {"fit": {"share": 1.0}},
     "random start": {"fit": {"start": "random"}},
     "uniform start": {"fit": {"start": "uniform"}},
-    "no global prior": {"fit": {"global_prior": None}},  # the global model as any other
     "global only": {"experts": "global"},
     "personal only": {"experts": "personal", "fit": {"global_prior": None}},
-    "online": {"online": True},
-    "10 passes": {"settings": {"passes": 10}},
     "10 passes, no leash": {"settings": {"passes": 10, "leash": None}},
 }
 GLOBAL = "global model"
@@ -173,7 +169,6 @@ def route(
     settings: dict = {},
     fit: dict = {},
     experts: str = "all",
-    online: bool = False,
     factor: bool = True,
     by: str | None = None,
     on_labels: bool = False,
@@ -181,27 +176,26 @@ def route(
     """Probabilities (N, C, H, W) by a variant of `train.routing_ours`."""
     routing_settings = router.RoutingSettings(**settings)
     images = split.images
-    seen = router.in_batches(images, routing_settings.batch_size)[0] if online else images
-    options = {"inside": inside, "online": online}
+    options = {"inside": inside}
     if not factor:
-        D = router.divergence(models[-1], seen).item()
+        D = router.divergence(models[-1], images).item()
         options["share"] = router.site_share(D, torch.tensor(inside))
     if experts == "global":
         models = models[-1:]
     if experts == "personal":  # by the share that all models give
-        D = router.divergence(models[-1], seen).item()
-        n = len(router.some_of_all(seen))
+        D = router.divergence(models[-1], images).item()
+        n = len(router.some_of_all(images))
         share = router.site_share(D, torch.tensor(inside))
         options["share"] = share * n / (n + router.PRIOR_IMAGES)
         models = models[:-1]
     routed = router.build_routed(models, routing_settings, train.new_generator(seed))
     options.update(fit)
-    router.fit_to_site(routed, models, seen, **options)
+    router.fit_to_site(routed, models, images, **options)
     if by:
         return routed_by(routed, models, images, by)
     if on_labels:
         return routers_on_labels(routed, split, seed)
-    return tuned(routed, images, seed, online)
+    return train.adapted(routed, images, seed).probabilities
 
 
 @torch.no_grad()

@@ -743,7 +743,7 @@ def variants_in(text: str) -> dict[str, list[str]]:
 
 
 def test_ablations_of_routing(toy_run, capsys):
-    names = ["routing-ours", "share 1/4", "random start", "global only", "personal only", "online",
+    names = ["routing-ours", "share 1/4", "random start", "global only", "personal only",
              "no factor, no steps", "by image", "by layer", "by both", "routers on labels"]
     assert call(ablations.main, toy_run, "--variants", *names) == 0
     found = variants_in(capsys.readouterr().out)
