@@ -137,7 +137,8 @@ def look_at_files(pairs: list, dataset: folders.FolderDataSet, size: int) -> tup
 
 
 def dice_with_itself(mask, small, structures):
-    """Dice of a mask (n, H, W) with itself resized (n, h, w) and brought back.
+    """Dice between a mask (n, H, W) and itself after shrinking to `small` (n, h, w) and enlarging
+    again.
 
     Mean over the structures in it; None if it holds background alone.
     """
