@@ -2007,7 +2007,8 @@ def test_divergences_inside_that_cannot_be(inside):
         router.fit_to_site(build(models), models, noise(4, 1, 12, 12), inside=inside)
 
 
-@pytest.mark.parametrize("inside", [[0.5, 0.1, 0.2], torch.tensor([0.2, 0.2]), (0.2,)])
+@pytest.mark.parametrize("inside", [
+    [0.5, 0.1, 0.2], torch.tensor([0.2, 0.2]), (0.2,), [0.0, 0.2, 9.0]])
 def test_the_share_comes_from_the_divergences_inside(inside):
     """By D of the images and the median 0.2 of them, times n / (n + 16)."""
     models = experts()
@@ -2018,6 +2019,9 @@ def test_the_share_comes_from_the_divergences_inside(inside):
     for norm in routed.parts(router.RoutedBatchNorm):
         assert norm.site_share.item() == pytest.approx(1 / (1 + (0.2 / D) ** 4), rel=1e-5)
         assert norm.site_prior == 16 and norm.site_images == 6
+    router.fit_to_site(routed, models, x, inside=inside, online=True)
+    assert norm.site_share.item() == pytest.approx(1 / (1 + (0.2 / D) ** 4), rel=1e-5)
+    assert norm.site_prior == 16 and norm.site_images == 0
     router.fit_to_site(routed, models, x, inside=inside, share=0.3)
     assert norm.site_share.item() == pytest.approx(0.3) and norm.site_prior == 0
     router.fit_to_site(routed, models, x)
@@ -2991,7 +2995,10 @@ def test_rows_outside_are_those_of_the_saved_network(toy_run, method):
     assert row["dice"] == pytest.approx(expected, abs=1e-12)
     for picture in (f"{method}-masks.png", f"{method}-weights.png", "curves.png"):
         assert Image.open(folder / picture).size[0] > 100
-    weights = json.loads((folder / "rows.json").read_text())["routing"][method]
+    result = json.loads((folder / "rows.json").read_text())
+    spread = train.routing_spread(train.routing_of(routed, split.images))
+    assert result["routing_spread"][method] == pytest.approx(spread, abs=1e-6)
+    weights = result["routing"][method]
     routers = routed.parts(router.Router)
     assert len(weights) == len(routers)
     for values in weights.values():
@@ -3112,17 +3119,18 @@ def test_routing_outside_by_hand(method):
 
 
 def test_how_much_routing_varies_by_hand():
-    """Two layers, three images, two models."""
-    routing = {"a": torch.tensor([[0.2, 0.8], [0.4, 0.6], [0.6, 0.4]]),
-               "b": torch.tensor([[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]])}
+    """Two layers, three images, three models, which vary by different amounts."""
+    routing = {"a": torch.tensor([[0.2, 0.3, 0.5], [0.4, 0.3, 0.3], [0.6, 0.3, 0.1]]),
+               "b": torch.tensor([[0.5, 0.3, 0.2], [0.5, 0.2, 0.3], [0.5, 0.1, 0.4]])}
     spread = train.routing_spread(routing)
-    in_a = np.std([0.2, 0.4, 0.6])
-    assert spread["over_images"] == pytest.approx((2 * in_a + 2 * 0) / 4)
-    assert spread["over_layers"] == pytest.approx((np.std([0.4, 0.5]) + np.std([0.6, 0.5])) / 2)
-    text = train.routing_in_words(routing, ["Alder", "global"])
-    assert text == ("routing weights: Alder 0.45, global 0.55; over images ±0.08, "
-                    "over layers ±0.05")
-    assert train.mean_routing(routing)["a"] == pytest.approx([0.4, 0.6])
+    two, one = np.std([0.2, 0.4, 0.6]), np.std([0.1, 0.2, 0.3])
+    assert spread["over_images"] == pytest.approx((two + 0 + two + 0 + one + one) / 6)
+    means = [0.4, 0.5], [0.3, 0.2], [0.3, 0.3]  # of each model in a and b
+    assert spread["over_layers"] == pytest.approx(np.mean([np.std(pair) for pair in means]))
+    text = train.routing_in_words(routing, ["Alder", "Birch", "global"])
+    assert text == ("routing weights: Alder 0.45, Birch 0.25, global 0.30; over images ±0.08, "
+                    "over layers ±0.03")
+    assert train.mean_routing(routing)["a"] == pytest.approx([0.4, 0.3, 0.3])
 
 
 def test_routing_of_each_image():
@@ -3161,6 +3169,14 @@ def test_distances_inside_are_kept(tmp_path, capsys):
     share = 1 / (1 + (np.median(list(result["distances_inside"].values())) / D) ** 4)
     shares = {value.item() for name, value in routed.items() if name.endswith("site_share")}
     assert len(shares) == 1 and shares.pop() == pytest.approx(share, rel=1e-3)
+
+
+def test_distances_are_kept_without_a_hospital_outside(tmp_path):
+    words = ["--hold-out", "none", "--methods", "iopfl", "--out", tmp_path]
+    assert call_train(*TOY, *words) == 0
+    file, = tmp_path.glob("seed*/rows.json")
+    names = [site.name for site in data.simulate_sites("prostate", 0, 16, 8).sites]
+    assert list(json.loads(file.read_text())["distances_inside"]) == names
 
 
 def test_oracle_by_hand():

@@ -19,8 +19,8 @@ import router
 import train
 from examples import ablations, adapt_folder, folders, own_images
 from examples.testing import (  # noqa: F401 (fixtures are used by their names)
-    ROOT, TOY, TOY_FOLDER, affine, call, call_train, copy_of_run, find_row, noise, rows_of, same,
-    same_run, save_image, seeded, toy_run, write_nifti, write_site, write_volumes)
+    ROOT, TOY, TOY_FOLDER, affine, call, call_train, close, copy_of_run, find_row, noise, rows_of,
+    same, same_run, save_image, seeded, toy_run, write_nifti, write_site, write_volumes)
 from models import UNet
 
 
@@ -429,6 +429,18 @@ def adapted_rows(out: Path) -> list[dict]:
     return json.loads((out / "adapted.json").read_text())["rows"]
 
 
+def give_random_models(run: Path) -> list[UNet]:
+    """To a run of a and b, with c outside; no mask is empty or full, nor like another's."""
+    models = [UNet(1, 2, 2, 1, seeded(number)).eval() for number in range(2, 5)]
+    states = [model.state_dict() for model in models]
+    file = run / "seed0-c-plain" / "last.pt"
+    saved = torch.load(file, weights_only=True)
+    saved["personal"] = dict(zip("ab", states))
+    saved["last"]["global_state"] = states[2]
+    torch.save(saved, file)
+    return models
+
+
 def test_adapting_to_a_folder(folder_run, tmp_path, capsys):
     """Masks at the files' own sizes with the Dice that is reported; a broken file is left out."""
     sites, run = folder_run
@@ -457,24 +469,21 @@ def test_adapting_to_a_folder(folder_run, tmp_path, capsys):
         assert (out / "overlays" / row["file"]).exists()
 
 
-def test_overlays_show_the_global_model_too(folder_run, tmp_path, monkeypatch):
-    sites, run = folder_run
+def test_overlays_show_the_global_model_too(copy_of_folder_run, tmp_path, monkeypatch):
+    sites, run = copy_of_folder_run
+    model = give_random_models(run)[2]
     shown = []
     monkeypatch.setattr(adapt_folder, "draw_overlay",
                         lambda pixels, outlines, file: shown.append(outlines))
     images = sites / "c" / "images"
     assert adapt_to(run, images, "--out", tmp_path / "out") == 0
-    config = json.loads((run / "config.json").read_text())
-    model = adapt_folder.empty_model(config, "cpu")
-    last = torch.load(run / "seed0-c-plain" / "last.pt", weights_only=True)["last"]
-    model.load_state_dict(last["global_state"])
     assert len(shown) == 5
     for file, outlines in zip(sorted(images.iterdir()), shown):
         (mask, orange), (_, blue) = outlines
         assert (orange, blue) == (train.ORANGE, train.BLUE)
         pixels, _ = folders.read_file(file)
-        seen = folders.network_input(file, pixels, config["settings"]["size"], 1, "images")
-        logits = model.eval()(torch.from_numpy(seen))
+        seen = folders.network_input(file, pixels, 16, 1, "images")
+        logits = model(torch.from_numpy(seen))
         expected, _ = adapt_folder.at_own_size(logits.detach().softmax(dim=1), (20, 24))
         assert (mask == expected).mean() > 0.99  # another batch rounds otherwise
 
@@ -582,6 +591,9 @@ def test_agreement_by_hand():
     assert adapt_folder.agreement(mask, [mask], structures) == 1
     expected = (1 + 1 + 2 * 1 / (3 + 2) + 0) / 4  # the other one has no cup
     assert adapt_folder.agreement(mask, [mask, other], structures) == pytest.approx(expected)
+    without = np.array([[[0, 1, 1, 0]]])  # both have no cup
+    expected = (2 * 1 / (2 + 2) + 1) / 2
+    assert adapt_folder.agreement(without, [other], structures) == pytest.approx(expected)
     empty = 0 * mask
     assert adapt_folder.agreement(empty, [empty, empty], structures) == 1
     volume, of_model = np.array([[[1, 1, 0]], [[1, 1, 0]]]), np.array([[[1, 1, 0]], [[1, 0, 0]]])
@@ -595,15 +607,20 @@ def test_sign_of_quality_by_hand(capsys):
     scores = [0.2, 0.5, 0.1, 0.4, 0.6, 0.7, 0.9, 0.8, 0.95, 0.95]
     rows = [{"file": "x", "agreement": a, "Dice one": s, "Dice two": s}
             for a, s in zip(agreements, scores)]
+    for number in 1, 4:  # the same mean
+        rows[number]["Dice one"] -= 0.25
+        rows[number]["Dice two"] += 0.25
     found = adapt_folder.sign_of_quality([*rows, {"file": "y", "agreement": 0.0}])
     first = [1, 2, 3, 4, 5, 6, 7, 8, 9.5, 9.5]
     second = [2, 4, 1, 3, 5, 6, 8, 7, 9.5, 9.5]
     assert found["rank_correlation"] == pytest.approx(np.corrcoef(first, second)[0, 1])
     assert found["worst_fifth"] == 0.5  # of files 1 and 3 the first is among files 1 and 2
     assert "rank correlation +0.93; of the worst fifth 50 %" in capsys.readouterr().out
+    assert adapt_folder.sign_of_quality(rows[:6])["worst_fifth"] == 0.5  # two files of six
+    assert adapt_folder.sign_of_quality(rows[:5])["worst_fifth"] == 0  # one of five
     assert adapt_folder.sign_of_quality(rows[:4]) == {}
-    alike = [row | {"agreement": 0.5} for row in rows]
-    assert adapt_folder.sign_of_quality(alike) == {}
+    for same_in_all in ({"agreement": 0.5}, {"Dice one": 0.5, "Dice two": 0.5}):
+        assert adapt_folder.sign_of_quality([row | same_in_all for row in rows]) == {}
     assert adapt_folder.sign_of_quality([{"file": "y", "agreement": 0.1}]) == {}
 
 
@@ -621,6 +638,47 @@ def test_files_of_low_agreement_come_first(folder_run, tmp_path, capsys):
     assert adapt_to(out, sites / "c" / "images", "--out", tmp_path / "again") == 0
     assert "agreement" not in adapted_rows(tmp_path / "again")[0]
     assert "lowest fifth" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, seen_at_first", [([], 6), (["--online"], 3)])
+def test_agreement_with_each_model_of_a_run(copy_of_folder_run, tmp_path, capsys, words,
+                                            seen_at_first):
+    """Six images of the network's own size; what is printed, kept, and given to `fit_to_site`."""
+    _, run = copy_of_folder_run
+    models = give_random_models(run)
+    theirs, out = write_site(tmp_path, "theirs", 6, size=(16, 16), grey=True), tmp_path / "out"
+    more = ["--masks", theirs / "masks", *words, "--out", out]
+    assert adapt_to(run, theirs / "images", *more) == 0
+    images = []
+    for file in sorted((theirs / "images").iterdir()):
+        seen = folders.network_input(file, folders.read_file(file)[0], 16, 1, "images")
+        images.append(torch.from_numpy(seen))
+    images = torch.cat(images)
+    content = json.loads((out / "adapted.json").read_text())
+    alone = [model(images).argmax(dim=1).numpy() for model in models]
+    for number, row in enumerate(content["rows"]):
+        mask = np.array(Image.open(out / "masks" / row["file"]))
+        dice = [iopfl.dice(mask > 0, masks[number] > 0) for masks in alone]
+        assert row["agreement"] == pytest.approx(np.mean(dice), abs=0.005)  # rounded otherwise
+    first, second, *_ = sorted(content["rows"], key=lambda row: row["agreement"])
+    told = f"the lowest fifth by agreement: {first['file']}, {second['file']}\n"
+    assert told in capsys.readouterr().out
+    assert content["sign"] == adapt_folder.sign_of_quality(content["rows"]) != {}
+
+    of_run = json.loads((run / "seed0-c-plain" / "rows.json").read_text())
+    inside = list(of_run["distances_inside"].values())
+    assert content["distances_inside"] == inside
+    ratio = np.median(inside) / router.divergence(models[2], images[:seen_at_first]).item()
+    adapted = torch.load(out / "adapted.pt", weights_only=True)
+    shares = [value.item() for name, value in adapted.items() if name.endswith("site_share")]
+    assert shares == pytest.approx([1 / (1 + ratio**4)] * len(shares), rel=1e-4)
+
+    weights = np.array(list(content["weights"].values()))  # (layers, M)
+    assert list(content["chosen"]) == ["a", "b", "global"]
+    assert list(content["chosen"].values()) == pytest.approx(weights.mean(axis=0))
+    spread = content["routing_spread"]
+    assert spread["over_layers"] == pytest.approx(weights.std(axis=0).mean(), abs=1e-6)
+    assert spread["over_images"] > 0
 
 
 def test_outlines_of_both_masks_in_an_overlay(tmp_path):
@@ -820,9 +878,53 @@ def test_routers_on_labels_learn():
     assert torch.equal(again[half], found[half]) and not torch.equal(again[~half], found[~half])
 
 
+def test_routers_on_labels_by_hand():
+    """Each half of the cases by routers from the start and ten epochs on the other half."""
+    models = [UNet(1, 2, width=2, depth=1, generator=seeded(n)).eval() for n in range(2)]
+    images = noise(6, 1, 16, 16).float()
+    split = data.Split(images, (images[:, 0] > 0).long(), list("aabbcd"))
+
+    def fitted() -> router.RoutedNetwork:
+        routed = router.build_routed(models, generator=seeded(5))
+        router.fit_to_site(routed, models, images)
+        return routed
+
+    found = ablations.routers_on_labels(fitted(), split, 3)
+    generator, expected = seeded(3), torch.zeros_like(found)
+    half = train.half_of_cases(split, generator)
+    for tested in half, ~half:
+        routed = fitted()
+        for name, value in routed.named_parameters():
+            value.requires_grad_(".router." in name)
+        iopfl.train_local(routed, images[~tested], split.masks[~tested], epochs=10,
+                          generator=generator)
+        expected[tested] = router.predict(routed, images[tested])
+    assert close(found, expected, 1e-6)
+
+
+def test_labels_go_with_their_images(toy_run, monkeypatch):
+    """Where some images at a time are adapted to, the routers see no others' labels."""
+    parts = []
+    routers_on_labels = ablations.routers_on_labels
+
+    def noted(routed, split, seed):
+        parts.append(split)
+        return routers_on_labels(routed, split, seed)
+
+    monkeypatch.setattr(ablations, "routers_on_labels", noted)
+    words = ["--images", 4, "--variants", "routers on labels"]
+    assert call(ablations.main, toy_run, *words) == 0
+    seen = data.joined(parts)
+    everything = data.simulate_sites("prostate", 0, 16, 8).sites[-1].everything
+    assert [len(part.images) for part in parts] == [4, 4]
+    assert torch.equal(seen.images, everything.images)
+    assert torch.equal(seen.masks, everything.masks) and seen.cases == everything.cases
+
+
 def test_ablations_adapt_to_some_images_at_a_time(toy_run, capsys, monkeypatch):
-    """Which images each network sees, and whose statistics it takes, by the factor of the share."""
-    counts, shares = [], []
+    """Which images and models each network sees, and whose statistics it takes, by the factor of
+    the share."""
+    counts, shares, used = [], [], []
     fit_to_site = router.fit_to_site
 
     def noted(routed, models, images, **options):
@@ -830,13 +932,18 @@ def test_ablations_adapt_to_some_images_at_a_time(toy_run, capsys, monkeypatch):
         norm = routed.parts(router.RoutedBatchNorm)[0]
         counts.append(len(images))
         shares.append((norm.site_share * len(images) / (len(images) + norm.site_prior)).item())
+        used.append(models)
 
     monkeypatch.setattr(router, "fit_to_site", noted)
-    names = ["no steps", "no factor, no steps"]
+    names = ["no steps", "no factor, no steps", "personal only", "share 1/4"]
     assert call(ablations.main, toy_run, "--images", 3, "--variants", *names) == 0
-    assert counts == [3, 3, 2] * 2
-    for count, with_factor, without in zip(counts, shares[:3], shares[3:]):
+    assert counts == [3, 3, 2] * 4
+    by_variant = np.reshape(shares, (4, 3)).T  # of each part
+    for count, (with_factor, without, personal, quarter) in zip(counts, by_variant):
         assert with_factor == pytest.approx(without * count / (count + 16))
+        assert personal == pytest.approx(with_factor)  # as all models give it
+        assert quarter == pytest.approx(0.25 * count / (count + 16))
+    assert used[6] == used[0][:-1] and len(used[0]) == 6  # without the last, the global one
     found = variants_in(capsys.readouterr().out)
     assert found["no steps"][1] == "+0.00"  # the first that was named is compared with
 
