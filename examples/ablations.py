@@ -27,6 +27,7 @@ import train
 from examples.adapt_folder import finished_federations, load_models
 from examples.own_images import images_of_run
 
+LABELS = "routers on labels"
 # Changes of the settings, of where routing starts (`fit`, `by`), of what is routed.
 ROUTING = {
     "routing-ours": {},
@@ -35,7 +36,7 @@ ROUTING = {
     "by image": {"settings": {"passes": 0}, "by": "image"},
     "by layer": {"settings": {"passes": 0}, "by": "layer"},
     "by both": {"settings": {"passes": 0}, "by": "both"},
-    "routers on labels": {"on_labels": True},  # a ceiling of what routing can choose
+    LABELS: {"on_labels": True},  # a ceiling of what routing can choose
     "no shape": {"settings": {"shape": 0.0}},  # consistency alone, since entropy is off
     "no consistency": {"settings": {"consistency": 0.0}},  # shape alone
     "with entropy": {"settings": {"entropy": 0.1}},
@@ -69,12 +70,14 @@ def main(argv: list[str] | None = None) -> None:
                 parser.error(f"--variants: {name} is unknown; known are {', '.join(ROUTING)}")
         if args.images is not None and args.images < 1:
             parser.error("--images must be at least 1")
+        if args.images and LABELS in (args.variants or []):
+            parser.error(f"--images: not with '{LABELS}', which need cases to learn from")
         run(args, parser)
 
 
 def run(args: argparse.Namespace, parser: train.Parser) -> None:
     """Compute all variants on each federation of the runs, and print the table."""
-    names = args.variants or list(ROUTING)
+    names = args.variants or [name for name in ROUTING if not (args.images and name == LABELS)]
     finished = []
     for folder in dict.fromkeys(Path(run).resolve() for run in args.runs):
         finished += open_federations(folder)
