@@ -63,8 +63,8 @@ class RoutingSettings:
 
 
 # The published code sums the entropy over its batch of B = 5 images and weighs it by 10 / 2, two
-# constants that cannot be derived: 10 · 5 / 2 = 25 times M8's mean. Its shape term is 10⁻⁶ ‖v‖₂, v
-# being M7's map of N pixels. Where v is about 1 on a share f of them, and 0 elsewhere, it has the
+# constants that cannot be derived: 10 · 5 / 2 = 25 times M8's mean. Its shape term is 10⁻⁶ ‖v‖₂;
+# v is M7's map of N pixels. Where v is about 1 on a share f of them, and 0 elsewhere, it has the
 # gradient of 10⁻⁶ √(N / f) times v's mean: about 0.004 for N = 5 · 384² and f = 0.05.
 PUBLISHED = RoutingSettings(softmax=False, mix_batchnorm=False, batch_statistics=True,
                             consistency=0.1, shape=0.004, entropy=25.0,

@@ -1588,7 +1588,10 @@ def test_settings_of_the_published_code_and_ours():
 
 
 def test_the_published_shape_term_as_a_weight_of_the_mean():
-    """The gradient of 10⁻⁶ ‖v‖₂ is that of 10⁻⁶ √(N / f) mean(v), of organs of 100 pixels' width."""
+    """The gradient of 10⁻⁶ ‖v‖₂ is that of 10⁻⁶ √(N / f) mean(v).
+
+    v is M7's map of N pixels, here of discs 100 pixels wide, and f the share of it that is 1.
+    """
     rows, columns = torch.meshgrid(torch.arange(384), torch.arange(384), indexing="ij")
     organ = ((rows - 192) ** 2 + (columns - 192) ** 2 < 50**2).double().expand(5, 1, -1, -1)
     foreground = organ.clone().requires_grad_(True)

@@ -180,16 +180,14 @@ def route(
     routing_settings = router.RoutingSettings(**settings)
     images = split.images
     options = {"inside": inside}
-    if not factor:
+    if not factor or experts == "personal":  # the share that all models give, before the factor
         D = router.divergence(models[-1], images).item()
         options["share"] = router.site_share(D, torch.tensor(inside))
     if experts == "global":
         models = models[-1:]
-    if experts == "personal":  # by the share that all models give
-        D = router.divergence(models[-1], images).item()
+    if experts == "personal":
         n = len(router.some_of_all(images))
-        share = router.site_share(D, torch.tensor(inside))
-        options["share"] = share * n / (n + router.PRIOR_IMAGES)
+        options["share"] *= n / (n + router.PRIOR_IMAGES)
         models = models[:-1]
     routed = router.build_routed(models, routing_settings, train.new_generator(seed))
     options.update(fit)
