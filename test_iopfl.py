@@ -3680,7 +3680,7 @@ def test_readme_snippets_run(tmp_path, monkeypatch, capsys):
 
 
 def test_details_shows_the_routing_weights_that_its_block_prints(capsys):
-    block, = blocks_of("docs/details.md")
+    block, _ = blocks_of("docs/details.md")
     names = {}
     exec(block, names)
     text = (ROOT / "docs" / "details.md").read_text(encoding="utf-8")
@@ -3696,11 +3696,11 @@ def test_details_shows_the_routing_weights_that_its_block_prints(capsys):
     assert close(names["routed"].routing["encoder.0.0"], names["r"], 1e-6)
 
 
-def test_results_shows_how_the_csv_is_written(tmp_path, monkeypatch):
+def test_details_shows_how_the_csv_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     words = ["--rounds", "1", "--images-per-site", "4", "--size", "16", "--threads", "1"]
     assert call_train(*words, "--methods", "fedavg", "global", "--width", "2", "--depth", "1") == 0
-    block, = blocks_of("docs/results.md")
+    _, block = blocks_of("docs/details.md")
     exec(block, {})
     with open("results.csv", newline="") as file:
         lines = list(csv.DictReader(file))
