@@ -82,7 +82,7 @@ class Benchmark:
 
     def __init__(self, device: str, quick: bool):
         self.device = device
-        self.rounds = 4 if quick else 8
+        self.rounds = 3 if quick else 8
         # Other CPUs emulate bf16, which takes more than ten times as long.
         self.bf16 = device == "cuda" or "AVX512" in torch.backends.cpu.get_cpu_capability()
         self.quick = quick
